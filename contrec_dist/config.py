@@ -1,0 +1,510 @@
+"""Every structured config of the project, and load_config.
+
+One dataclass a component; each field is followed by its meaning and unit. The resolved config of a stage is part of
+that stage's identity (see manifest.py): change a value and the stages that read it run again. The sections `launch`
+and `ray` say only HOW a stage is executed, never what it computes, and are left out of every identity.
+
+Order of precedence: dataclass defaults < YAML files < key=value arguments.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional, Sequence
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from contrec_dist.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class GeneratedConfig:
+    """The built-in catalogue whose next item depends on the history in a way that can be learned."""
+
+    num_items: int = 2000
+    "items of the catalogue"
+    num_users: int = 4000
+    "users"
+    num_categories: int = 20
+    "categories; every item has one, and a brand inside it"
+    mean_history: float = 12.0
+    "mean interactions a user"
+    min_history: int = 6
+    "fewest interactions a user"
+    popularity_exponent: float = 1.0
+    "Zipf exponent of item popularity inside a category"
+    category_stickiness: float = 0.6
+    "probability that the next item follows a learned transition of the last item rather than a fresh draw"
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """Where the raw logs lie and how they are read."""
+
+    kind: Literal["table", "movielens", "amazon", "hetrec_lastfm", "generated"] = "table"
+    "format; 'table' is any CSV / Parquet / JSONL (gz too) with named columns"
+    name: str = ""
+    "name of the data set in reports; empty: the run's name"
+    path: str = ""
+    "folder that holds the files below (unused by 'generated')"
+    interactions_file: str = "interactions.csv.gz"
+    "file of interactions, relative to path (kind table and amazon)"
+    items_file: str = "items.csv.gz"
+    "file of items, relative to path; empty: no item file, every item is titled by its id"
+    user_column: str = "user_id"
+    "column of the user (kind table)"
+    item_column: str = "item_id"
+    "column of the item, in both files (kind table)"
+    timestamp_column: str = "timestamp"
+    "column of the time: unix seconds, milliseconds, or ISO text; empty: none"
+    order_column: str = ""
+    "column of the place in the user's own order; where named, it decides the order instead of the time"
+    rating_column: str = ""
+    "column of the rating; empty: none"
+    title_column: str = "title"
+    "column of the item's title"
+    category_column: str = "category"
+    "column of the item's category; empty: none"
+    brand_column: str = "brand"
+    "column of the item's brand; empty: none"
+    text_column: str = "text"
+    "column of further item text; empty: none"
+    min_rating: Optional[float] = None
+    "interactions rated below are left out (counted); null: keep all"
+    min_user_interactions: int = 5
+    "k-core: users with fewer interactions are left out, iterated with the next"
+    min_item_interactions: int = 5
+    "k-core: items with fewer interactions are left out"
+    keep_unseen_items: bool = False
+    "keep items of the item file that nobody interacted with (cold start)"
+    deduplicate: Literal["none", "exact", "first"] = "exact"
+    "'exact' drops repeats of (user, item, time); 'first' keeps a user's first interaction with an item"
+    max_bad_ratio: float = 0.01
+    "share of wrong rows above which the stage fails"
+    generated: GeneratedConfig = field(default_factory=GeneratedConfig)
+    "settings of kind 'generated'"
+
+
+@dataclass(kw_only=True, slots=True)
+class SplitConfig:
+    """How histories are cut into training, validation and test."""
+
+    kind: Literal["leave_one_out", "time"] = "leave_one_out"
+    "last item = test, second last = validation; or two global cuts in time"
+    validation_ratio: float = 0.1
+    "kind time: share of interactions between the two cuts"
+    test_ratio: float = 0.1
+    "kind time: share of interactions after the second cut"
+
+
+@dataclass(kw_only=True, slots=True)
+class EmbedConfig:
+    """Item and user embeddings: collaborative (training edges only) joined with text."""
+
+    collaborative: Literal["lightgcn", "none"] = "lightgcn"
+    "collaborative embedding"
+    collaborative_dim: int = 64
+    "width of the collaborative embedding"
+    num_layers: int = 2
+    "LightGCN propagation layers"
+    num_epochs: int = 20
+    "LightGCN epochs"
+    batch_edges: int = 8192
+    "LightGCN edges a step"
+    learning_rate: float = 5e-3
+    "LightGCN Adam learning rate"
+    weight_decay: float = 1e-4
+    "LightGCN L2 weight on the embeddings of a batch"
+    text_model: str = ""
+    "sentence-transformers folder or hub name; empty: hashed character and word n-grams, then SVD"
+    text_dim: int = 128
+    "width of the n-gram SVD; a sentence-transformers model keeps its own"
+    num_hash_features: int = 65536
+    "hash buckets of the n-grams"
+    batch_texts: int = 256
+    "texts a batch"
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    """The sigma-VAE: embeddings to K continuous tokens."""
+
+    num_item_tokens: int = 2
+    "K: continuous tokens an item"
+    latent_dim: int = 32
+    "Z: width of one token"
+    hidden_dim: int = 256
+    "width of the encoders' and the decoder's hidden layer"
+    mask_ratio: float = 0.1
+    "share of input dimensions masked anew for every sample (0: off)"
+    sigma: float = 0.1
+    "C_sigma: E|s| of the latent noise, in units of the latent (0: off)"
+    kl_weight: float = 1e-2
+    "weight of mean mu^2, the KL of a fixed-variance Gaussian"
+    decorrelation_weight: float = 5e-3
+    "weight of the Barlow-Twins term between the K encoders (0: off)"
+    num_steps: int = 2000
+    "optimizer steps"
+    batch_rows: int = 512
+    "embeddings a step"
+    learning_rate: float = 1e-3
+    "AdamW peak learning rate, cosine to 0"
+    probe_rows: int = 2000
+    "rows on which the probes are measured"
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecomputeConfig:
+    """Layout of the token shards."""
+
+    users_per_shard: int = 2048
+    "samples a WebDataset shard: fixes which user lies in which shard"
+    items_per_part: int = 65536
+    "items a Ray task encodes"
+    batch_rows: int = 4096
+    "rows an encoder call"
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptConfig:
+    """What the LLM reads of a user."""
+
+    max_history: int = 50
+    "items of a history, newest kept"
+    instruction: str = "Recommend the next item."
+    "text in front of every history"
+    titled_items: int = 0
+    "newest items of a history whose title is written out after their continuous tokens (-1: all)"
+    max_title_tokens: int = 12
+    "title tokens, longer titles are cut"
+    max_response_tokens: int = 24
+    "tokens of the reasoning text, trained and generated"
+    response_drop: float = 0.5
+    "probability that a training sample has no reasoning text"
+    user_tokens: bool = False
+    "put the user's own continuous tokens in front; they saw every training edge, so training targets leak into them"
+
+
+@dataclass(kw_only=True, slots=True)
+class ShapeConfig:
+    """A small backbone trained from scratch."""
+
+    family: Literal["llama", "qwen2"] = "llama"
+    "architecture"
+    hidden_size: int = 128
+    "D"
+    num_layers: int = 2
+    "transformer layers"
+    num_heads: int = 4
+    "attention heads"
+    intermediate_size: int = 384
+    "width of the MLP"
+    vocab_size: int = 4096
+    "entries of the byte-level BPE tokenizer trained on the titles"
+    attention_dropout: float = 0.1
+    "dropout on attention weights"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters on the backbone."""
+
+    rank: int = 0
+    "r; 0 trains the whole backbone"
+    alpha: int = 32
+    "scale numerator"
+    dropout: float = 0.05
+    "dropout in front of the adapter"
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+    )
+    "names of the linear layers that are adapted"
+
+
+@dataclass(kw_only=True, slots=True)
+class BackboneConfig:
+    """The LLM."""
+
+    path: str = ""
+    "folder or hub name that transformers loads; empty: a small one from `shape`, from scratch"
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    "the small one"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    "adapters"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    "attention kernel"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    "dtype of matrix products; weights, losses and sampler stay fp32. auto: bf16 where hardware has it"
+    activation_checkpointing: bool = False
+    "recompute the backbone's activations in the backward pass"
+
+
+@dataclass(kw_only=True, slots=True)
+class HeadConfig:
+    """The diffusion head and the item vectors."""
+
+    width: int = 256
+    "width of the denoiser"
+    num_blocks: int = 2
+    "adaLN blocks"
+    num_train_steps: int = 1000
+    "T of the training schedule"
+    schedule: Literal["cosine", "linear"] = "cosine"
+    "noise schedule"
+    prediction: Literal["x0", "v", "eps"] = "x0"
+    "what the denoiser's output stands for"
+    batch_mul: int = 4
+    "noise draws a condition"
+    max_targets: int = 512
+    "conditions of a micro-batch that the diffusion loss sees, drawn at random (0: all)"
+    condition_drop: float = 0.1
+    "probability that a condition is replaced by the learned null one"
+    ema_decay: float = 0.999
+    "decay of the head's moving average a step (warmed up); 0: off"
+    query_dim: int = 128
+    "Q: width of the item vectors that the one-step prediction is compared with"
+    item_residual: bool = True
+    "a learned vector an item beside the projection of its latents; zero for items that join later"
+    dropout: float = 0.2
+    "dropout on item vectors that enter the LLM, and on the query"
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """Weights of L = lm L_lm + diffusion L_diffusion + dispersive L_dispersive + negative L_negative."""
+
+    lm: float = 0.1
+    "weight of the language-model loss on the reasoning text"
+    diffusion: float = 1.0
+    "weight of the denoising loss"
+    dispersive: float = 0.05
+    "weight of the dispersive loss"
+    dispersive_tau: float = 0.5
+    "temperature of the dispersive loss"
+    negative: float = 1.0
+    "weight of the cross-entropy of the one-step prediction against the catalogue"
+    num_negatives: int = 0
+    "items sampled a micro-batch for that cross-entropy (log-probability corrected); 0: the full catalogue"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The training run."""
+
+    num_epochs: int = 10
+    "passes over the training samples"
+    max_steps: int = 0
+    "stop after so many optimizer steps; 0: num_epochs decides"
+    row_tokens: int = 256
+    "positions of a packed row"
+    global_batch_rows: int = 32
+    "packed rows an optimizer step, over all ranks"
+    micro_batch_rows: int = 8
+    "packed rows a forward pass; global_batch_rows / (micro_batch_rows * ranks) is the gradient accumulation"
+    learning_rate: float = 1e-3
+    "AdamW peak learning rate"
+    weight_decay: float = 0.05
+    "AdamW weight decay on matrices"
+    warmup_ratio: float = 0.05
+    "share of steps of linear warm-up, then cosine to 0"
+    clip_norm: float = 1.0
+    "gradient norm limit"
+    shuffle_shards: int = 8
+    "shards of a shuffle window: samples mix inside a window, windows are permuted every epoch"
+    eval_every_epochs: int = 0
+    "epochs between validation probes (0: only at the end)"
+    probe_users: int = 2000
+    "users of the validation probe"
+    checkpoint_every_steps: int = 500
+    "optimizer steps between checkpoints"
+    keep_last_n: int = 2
+    "checkpoints kept"
+    log_every_steps: int = 20
+    "optimizer steps between lines of metrics.jsonl"
+    max_bad_steps: int = 10
+    "steps with a non-finite loss that are skipped before the run stops"
+
+
+@dataclass(kw_only=True, slots=True)
+class ZeroConfig:
+    """DeepSpeed partitioning."""
+
+    stage: Literal[0, 1, 2, 3] = 3
+    "ZeRO stage"
+    persistence_threshold: int = 100000
+    "stage 3: parameters with fewer elements stay whole on every rank"
+    bucket_elements: int = 50000000
+    "stage 3: elements of a reduce or prefetch bucket"
+    offload_optimizer: bool = False
+    "keep optimizer state in host memory (GPU runs)"
+
+
+@dataclass(kw_only=True, slots=True)
+class IndexConfig:
+    """The sharded FAISS index."""
+
+    spaces: list[str] = field(default_factory=lambda: ["query", "latent"])
+    "what is indexed: 'query' (item vectors, inner product), 'latent' (continuous tokens, L2)"
+    factory: str = "auto"
+    "faiss index_factory string; auto: chosen by size"
+    num_shards: int = 1
+    "item ranges"
+    train_rows: int = 262144
+    "rows that a trained index learns its centroids from"
+    min_recall: float = 0.95
+    "lowest recall@10 against exact search on a sample; below, the stage fails"
+    recall_queries: int = 200
+    "queries of that sample"
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    "auto: GPU when faiss-gpu is importable and a GPU is there"
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoreConfig:
+    """Batch Top-K."""
+
+    k: int = 50
+    "items a user"
+    rank_by: Literal["query", "samples"] = "query"
+    "search with the one-step prediction from pure noise, or fuse the neighbours of sampled latents"
+    num_samples: int = 8
+    "S, samples a user (rank_by samples)"
+    num_sampling_steps: int = 10
+    "solver steps (rank_by samples)"
+    solver: Literal["dpm", "ddim"] = "dpm"
+    "DPM-Solver++(2M) or DDIM"
+    guidance: float = 1.0
+    "classifier-free guidance w: x0 = (1 + w) x0(h) - w x0(null)"
+    reasoning: Literal["generate", "none"] = "generate"
+    "let the LLM write its reasoning text first, or skip it"
+    text_weights: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 1.0, 2.0])
+    "candidates for pi, the weight of the text similarity; the best on validation users is taken"
+    num_candidates: int = 100
+    "candidates a user that the text similarity re-ranks"
+    users_per_part: int = 4096
+    "users a part file: fixes which user lies in which part"
+    batch_users: int = 256
+    "users a forward pass"
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Metrics and report."""
+
+    ks: list[int] = field(default_factory=lambda: [5, 10, 20])
+    "cut-offs"
+    num_popularity_buckets: int = 10
+    "buckets of items with equal shares of training interactions"
+    sampler_users: int = 500
+    "validation users of the plot HR against sampler steps (0: no plot)"
+    sampler_steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 50])
+    "sampler steps of that plot"
+    baselines: list[str] = field(default_factory=lambda: ["popularity"])
+    "baselines measured beside (the generated catalogue adds 'oracle')"
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    """How training is executed; no effect on what is computed."""
+
+    num_ranks: int = 2
+    "processes that `contrec train` starts on this machine"
+    hostfile: str = ""
+    "DeepSpeed hostfile for several machines; empty: this machine"
+    threads: int = 0
+    "CPU threads a process; 0: cores / processes"
+    timeout_minutes: int = 30
+    "process-group timeout"
+
+
+@dataclass(kw_only=True, slots=True)
+class RayConfig:
+    """How Ray stages are executed; no effect on what is computed."""
+
+    address: str = ""
+    "cluster to join; empty: RAY_ADDRESS, else a local one is started"
+    num_workers: int = 2
+    "actors or tasks at work at a time"
+    cpus_per_worker: float = 1.0
+    "CPUs a worker holds"
+    gpus_per_worker: float = 0.0
+    "GPUs a worker holds, fractions allowed"
+    object_store_bytes: int = 200000000
+    "object store of a local cluster"
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """A whole run."""
+
+    name: str = MISSING
+    "name of the run"
+    run_dir: str = "runs/${name}"
+    "folder of everything the run writes"
+    seed: int = 0
+    "seed of every random draw"
+    source: SourceConfig = field(default_factory=SourceConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set in reports."""
+        return self.source.name or self.name
+
+    def folder(self, stage_folder: str) -> Path:
+        """Path of a folder of the run, for example folder("catalog")."""
+        return Path(self.run_dir) / stage_folder
+
+
+def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """Resolve defaults, YAML files and key=value arguments, in this order of precedence.
+
+    Errors   ConfigError that names the key, what it got and what was expected (unknown keys: the nearest one).
+    """
+    merged = OmegaConf.structured(Config)
+    for source in [*files, *overrides]:
+        merged = _merge_one(merged, source)
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _named_error(error) from None
+
+
+def _merge_one(merged, source: str | Path):
+    """Merge one YAML file or one key=value argument into `merged`."""
+    try:
+        if isinstance(source, str) and "=" in source:
+            return OmegaConf.merge(merged, OmegaConf.from_dotlist([source]))
+        if not Path(source).is_file():
+            raise ConfigError("--config", str(source), "a YAML file that exists, or key=value")
+        return OmegaConf.merge(merged, OmegaConf.load(source))
+    except OmegaConfBaseException as error:
+        raise _named_error(error) from None
+
+
+def _named_error(error: OmegaConfBaseException) -> ConfigError:
+    """Turn omegaconf's error into one that names the key, what it got and what was expected."""
+    key = error.full_key or str(error.key)
+    summary = str(error).splitlines()[0]
+    if isinstance(error, ConfigKeyError):
+        hint = summary.partition("Did you mean: ")[2].strip("?'")
+        parent = key.rpartition(".")[0]
+        nearest = f"{parent}.{hint}" if parent else hint
+        return ConfigError(key, "an unknown key", f"a known one; did you mean '{nearest}'?" if hint else "a known one")
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(key, "nothing", "a value (it has no default)")
+    return ConfigError(key, error.value if hasattr(error, "value") else error.msg, summary)
