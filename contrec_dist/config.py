@@ -110,7 +110,9 @@ class EmbedConfig:
     num_epochs: int = 20
     "LightGCN epochs"
     batch_edges: int = 8192
-    "LightGCN edges a step"
+    "LightGCN edges a step, fewest"
+    max_steps_per_epoch: int = 20
+    "LightGCN steps an epoch, most: every step propagates the whole graph, so large graphs take larger batches"
     learning_rate: float = 5e-3
     "LightGCN Adam learning rate"
     weight_decay: float = 1e-4
@@ -201,8 +203,8 @@ class ShapeConfig:
     "width of the MLP"
     vocab_size: int = 4096
     "entries of the byte-level BPE tokenizer trained on the titles"
-    attention_dropout: float = 0.1
-    "dropout on attention weights"
+    attention_dropout: float = 0.0
+    "dropout on attention weights; above 0 the fused attention kernel of CPUs cannot be used"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -371,8 +373,8 @@ class ScoreConfig:
     "S, samples a user (rank_by samples)"
     num_sampling_steps: int = 10
     "solver steps (rank_by samples)"
-    solver: Literal["dpm", "ddim"] = "dpm"
-    "DPM-Solver++(2M) or DDIM"
+    solver: Literal["dpm", "ddim", "ddpm"] = "dpm"
+    "DPM-Solver++(2M), DDIM, or ancestral DDPM (for long chains)"
     guidance: float = 1.0
     "classifier-free guidance w: x0 = (1 + w) x0(h) - w x0(null)"
     reasoning: Literal["generate", "none"] = "generate"
