@@ -1,0 +1,169 @@
+"""sharding/faiss_shards.py: equality with brute force, files, measured recall, refusals."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from contrec_dist.config import IndexConfig
+from contrec_dist.errors import ArtifactError, ConfigError, DataError
+from contrec_dist.retrieval.top_k import exact_top_k
+from sharding.faiss_factory import choose_factory
+from sharding.faiss_shards import FaissShards
+
+FLAT = IndexConfig(factory="Flat", device="cpu", recall_queries=20)
+
+
+def make_vectors(num_items: int, dim: int, seed: int = 0) -> np.ndarray:
+    """A third of the rows are copies of others, so that many scores tie exactly."""
+    draw = np.random.default_rng(seed)
+    vectors = draw.normal(size=(num_items, dim)).astype(np.float32)
+    copies = draw.choice(num_items, size=num_items // 3, replace=False)
+    vectors[copies] = vectors[draw.choice(num_items // 20 + 1, size=len(copies))]
+    return vectors
+
+
+def build(vectors, folder, config=FLAT, metric="inner_product", ids=None):
+    ids = np.arange(len(vectors)) if ids is None else ids
+    return FaissShards.build(vectors, ids, folder, config, metric, vectors[:20])
+
+
+@pytest.mark.parametrize("metric", ["inner_product", "l2"])
+@pytest.mark.parametrize("num_shards", [1, 5])
+@pytest.mark.parametrize("num_queries", [3, 40])  # below and above FAISS's switch to matrix products
+def test_flat_shards_equal_exact_search_with_duplicates(tmp_path, metric, num_shards, num_queries):
+    vectors = make_vectors(600, 12)
+    queries = np.concatenate([vectors[:2], make_vectors(num_queries - 2, 12, seed=1)])
+    shards = build(vectors, tmp_path, replace(FLAT, num_shards=num_shards), metric)
+    expected_scores, expected_idx = exact_top_k(queries, vectors, 25, metric)
+    scores, item_idx = shards.search(queries, 25)
+    assert np.array_equal(item_idx, expected_idx)
+    assert np.array_equal(scores, expected_scores)
+    assert shards.recall == 1.0
+
+
+def test_all_vectors_equal_come_back_by_rising_id(tmp_path):
+    shards = build(np.ones((500, 4), np.float32), tmp_path, replace(FLAT, num_shards=3))
+    _, item_idx = shards.search(np.ones((2, 4), np.float32), 7)
+    assert item_idx.tolist() == [list(range(7))] * 2
+
+
+def test_minus_one_past_the_end(tmp_path):
+    shards = build(make_vectors(40, 4), tmp_path, replace(FLAT, num_shards=2))
+    scores, item_idx = shards.search(make_vectors(3, 4), 45)
+    assert (item_idx[:, 40:] == -1).all() and np.isneginf(scores[:, 40:]).all()
+    assert np.array_equal(np.sort(item_idx[:, :40]), np.tile(np.arange(40), (3, 1)))
+
+
+def test_ids_come_back_as_given_in_whatever_order(tmp_path):
+    vectors = make_vectors(100, 6)
+    ids = np.random.default_rng(3).permutation(10_000)[:100].astype(np.int64)
+    shards = build(vectors, tmp_path, replace(FLAT, num_shards=3), "l2", ids)
+    by_id = np.argsort(ids)
+    _, rows = exact_top_k(vectors[:9], vectors[by_id], 5, "l2")
+    assert np.array_equal(shards.search(vectors[:9], 5)[1], ids[by_id][rows])
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW8", "IVF8,PQ2,RFlat"])
+def test_opened_index_answers_as_the_built_one_and_files_are_the_same_when_built_again(tmp_path, factory):
+    vectors, config = make_vectors(600, 8), replace(FLAT, factory=factory, num_shards=2, min_recall=0.5)
+    built = build(vectors, tmp_path / "a", config, "l2")
+    build(vectors, tmp_path / "b", config, "l2")
+    opened = FaissShards.open(tmp_path / "a", "cpu")
+    for got, expected in zip(opened.search(vectors[:30], 9), built.search(vectors[:30], 9)):
+        assert np.array_equal(got, expected)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert (opened.num_items, opened.dim) == (600, 8)
+
+
+def test_search_is_widened_until_recall_is_reached(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32)
+    shards = build(vectors, tmp_path, replace(FLAT, factory="IVF64,Flat", min_recall=0.9, num_shards=2), "l2")
+    assert shards.recall >= 0.9 and 1 < shards.layout["parameters"]["nprobe"] <= 64
+    queries = np.random.default_rng(1).normal(size=(50, 16)).astype(np.float32)
+    expected, found = exact_top_k(queries, vectors, 10, "l2")[1], shards.search(queries, 10)[1]
+    assert np.mean([np.isin(e, f).mean() for e, f in zip(expected, found)]) > 0.75
+
+
+def test_recall_below_the_minimum_is_refused_with_the_figures(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(600, 32)).astype(np.float32)
+    with pytest.raises(ConfigError, match=r"index.min_recall.*recall@10 0\.\d+ of 'PQ2x4'.*at least 0.95"):
+        build(vectors, tmp_path, replace(FLAT, factory="PQ2x4"), "l2")
+    assert not (tmp_path / "shards.json").exists()
+
+
+def test_codebook_is_shared_by_the_shards(tmp_path):
+    import faiss
+
+    build(make_vectors(600, 8), tmp_path, replace(FLAT, factory="IVF4,Flat", num_shards=3), "l2")
+    indexes = [faiss.read_index(str(path)) for path in sorted(tmp_path.glob("*.faiss"))]
+    centroids = [index.quantizer.reconstruct_n(0, 4) for index in map(faiss.downcast_index, indexes)]
+    assert np.array_equal(centroids[0], centroids[1]) and np.array_equal(centroids[0], centroids[2])
+
+
+def test_inputs_are_not_modified(tmp_path):
+    vectors, queries = make_vectors(100, 4), make_vectors(5, 4, seed=9)
+    vectors_before, queries_before = vectors.copy(), queries.copy()
+    build(vectors, tmp_path, metric="l2").search(queries, 5)
+    assert np.array_equal(vectors, vectors_before) and np.array_equal(queries, queries_before)
+
+
+def test_nan_in_the_catalogue_is_refused_by_row(tmp_path):
+    vectors = make_vectors(30, 4)
+    vectors[17, 2] = np.nan
+    with pytest.raises(DataError, match="vectors.*first is row 17"):
+        build(vectors, tmp_path)
+
+
+def test_nan_queries_wrong_width_and_k_zero_are_refused(tmp_path):
+    shards = build(make_vectors(30, 4), tmp_path)
+    with pytest.raises(DataError, match="queries.*first is row 1"):
+        shards.search(np.array([[0, 0, 0, 0], [0, np.inf, 0, 0]], np.float32), 3)
+    with pytest.raises(DataError, match=r"\(2, 5\).*\(B, 4\)"):
+        shards.search(np.zeros((2, 5), np.float32), 3)
+    with pytest.raises(DataError, match="k: got 0"):
+        shards.search(np.zeros((2, 4), np.float32), 0)
+
+
+def test_repeated_ids_are_refused_by_name(tmp_path):
+    ids = np.arange(30)
+    ids[20] = 7
+    with pytest.raises(DataError, match="1 repeated ids, the first is 7"):
+        build(make_vectors(30, 4), tmp_path, ids=ids)
+
+
+def test_unknown_factory_and_too_many_shards_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="index.factory.*'Nonsense'"):
+        build(make_vectors(30, 4), tmp_path, replace(FLAT, factory="Nonsense"))
+    with pytest.raises(ConfigError, match="index.num_shards.*31.*1 to 30"):
+        build(make_vectors(30, 4), tmp_path, replace(FLAT, num_shards=31))
+
+
+def test_gpu_is_refused_where_there_is_none(tmp_path):
+    import faiss
+
+    if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="index.device.*gpu"):
+        build(make_vectors(30, 4), tmp_path, replace(FLAT, device="gpu"))
+
+
+def test_a_torn_shard_names_its_file(tmp_path):
+    build(make_vectors(60, 4), tmp_path, replace(FLAT, num_shards=2))
+    path = tmp_path / "shard_000001.faiss"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ArtifactError, match="shard_000001.faiss"):
+        FaissShards.open(tmp_path, "cpu")
+    (tmp_path / "shards.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ArtifactError, match="format 99"):
+        FaissShards.open(tmp_path, "cpu")
+
+
+def test_auto_is_flat_when_small_and_ivf_when_big():
+    assert choose_factory("auto", 12_000) == "Flat"
+    assert choose_factory("auto", 1_000_000) == "IVF4096,Flat"
+    assert choose_factory("HNSW32", 12) == "HNSW32"
