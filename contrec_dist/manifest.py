@@ -126,6 +126,24 @@ def load_inputs(config: Config, inputs: Sequence[str]) -> dict[str, Manifest]:
     return manifests
 
 
+def stage_identity(
+    config: Config, sections: Sequence[str], inputs: Sequence[str], extra: dict | None = None
+) -> tuple[str, dict, dict[str, str]]:
+    """A stage's identity, the config sections that enter it, and the content hashes of its inputs.
+
+    Errors   ArtifactError when an input is missing or incomplete
+    """
+    hashes = {name: manifest.content_hash for name, manifest in load_inputs(config, inputs).items()}
+    used = {name: _plain(getattr(config, name)) for name in (*sections, "seed")}
+    return hash_json({"config": used, "inputs": hashes, "extra": extra or {}}), used, hashes
+
+
+def find_complete(config: Config, *, folder: str, sections: Sequence[str], inputs: Sequence[str], **_) -> Manifest | None:
+    """The manifest of a stage whose output is complete for this config and these inputs."""
+    identity, _, _ = stage_identity(config, sections, inputs)
+    return _complete_manifest(config.folder(folder), identity)
+
+
 def run_stage(
     config: Config,
     *,
@@ -144,9 +162,7 @@ def run_stage(
     """
     log = get_logger(stage)
     with lock_folder(config, folder):
-        input_hashes = {name: manifest.content_hash for name, manifest in load_inputs(config, inputs).items()}
-        used = {name: _plain(getattr(config, name)) for name in (*sections, "seed")}
-        identity = hash_json({"config": used, "inputs": input_hashes, "extra": extra_identity or {}})
+        identity, used, input_hashes = stage_identity(config, sections, inputs, extra_identity)
         target, work = config.folder(folder), Path(config.run_dir) / f".{folder}.partial"
         done = _complete_manifest(target, identity)
         if done is not None:

@@ -1,0 +1,167 @@
+"""What the LLM reads of a user, as positions and token numbers.
+
+    [instruction] [user tokens] (<item> z_1 .. z_K title) x history [response] <item>
+
+Tokens stand before the title and the hidden state at `<item>` has seen only what came before it, so it is the condition
+for generating that item. The response names the category (and brand) that the user leans to: the most frequent of the
+newest items of the history, never of the target. Used by training (packed) and by scoring (one user a row) alike.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from contrec_dist.config import PromptConfig
+
+LEANING_ITEMS = 10
+RESPONSE_TEXTS = (" The user leans to ", ", brand ", ".")
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of token numbers laid end to end: row i is flat[offsets[i]:offsets[i + 1]]."""
+
+    offsets: np.ndarray
+    flat: np.ndarray
+
+    @classmethod
+    def from_lists(cls, lists: list[list[int]]) -> "Ragged":
+        lengths = np.array([len(one) for one in lists], dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        flat = np.fromiter((token for one in lists for token in one), dtype=np.int64, count=int(offsets[-1]))
+        return cls(offsets, flat)
+
+    def row(self, number: int) -> np.ndarray:
+        return self.flat[self.offsets[number] : self.offsets[number + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+def leaf_category(category: str) -> str:
+    """Last level of the first path: 'Beauty > Makeup > Nails | ...' -> 'Nails'."""
+    return category.split("|")[0].split(">")[-1].split(",")[0].strip()
+
+
+class PromptTexts:
+    """Token numbers of every text of the catalogue, computed once, and the leaning of a history.
+
+    Items without a category stand for themselves: their title takes the category's place.
+    """
+
+    def __init__(self, items: pl.DataFrame, tokenizer, config: PromptConfig):
+        self.config = config
+        self.end_token = int(tokenizer.eos_token_id)
+        encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
+        titles, categories, brands = (items[name].to_list() for name in ("title", "category", "brand"))
+        self.instruction = np.array(encode([config.instruction])[0], dtype=np.int64)
+        titled = config.titled_items != 0
+        self.titles = Ragged.from_lists(
+            [ids[: config.max_title_tokens] for ids in encode([" " + title for title in titles])]
+            if titled
+            else [[] for _ in titles]
+        )
+        terms = [leaf_category(category) or title for category, title in zip(categories, titles)]
+        self.term_names, self.term_of_item = np.unique(np.array(terms, dtype=object).astype(str), return_inverse=True)
+        self.brand_names, self.brand_of_item = np.unique(np.array(brands, dtype=object).astype(str), return_inverse=True)
+        self._terms = encode(list(self.term_names))
+        self._brands = encode(list(self.brand_names))
+        self._pieces = encode(list(RESPONSE_TEXTS))
+
+    def leaning(self, recent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Most frequent term and brand of the newest items, ties to the newer; brand -1 unless it appears twice.
+
+        Shapes   recent (n, LEANING_ITEMS) item numbers, oldest first, -1 where there is none -> (n,), (n,)
+        """
+        there = recent >= 0
+        term = _majority(np.where(there, self.term_of_item[recent], -1), minimum=1)
+        named = there & (self.brand_names[self.brand_of_item[recent]] != "")
+        brand = _majority(np.where(named, self.brand_of_item[recent], -1), minimum=2)
+        return term, brand
+
+    def response_tokens(self, term: int, brand: int) -> np.ndarray:
+        """Token numbers of the reasoning text with its end token, at most max_response_tokens."""
+        ids = [*self._pieces[0], *self._terms[term]]
+        if brand >= 0:
+            ids += [*self._pieces[1], *self._brands[brand]]
+        ids += self._pieces[2]
+        return np.array([*ids[: self.config.max_response_tokens - 1], self.end_token], dtype=np.int64)
+
+    def response_lengths(self, term: np.ndarray, brand: np.ndarray) -> np.ndarray:
+        """Lengths of response_tokens for arrays, 0 where term is -1. (n,), (n,) -> (n,)."""
+        term_lengths = np.array([len(ids) for ids in self._terms])
+        brand_lengths = np.array([len(ids) for ids in self._brands])
+        length = len(self._pieces[0]) + term_lengths[term] + len(self._pieces[2])
+        length = length + np.where(brand >= 0, len(self._pieces[1]) + brand_lengths[brand], 0)
+        return np.where(term >= 0, np.minimum(length, self.config.max_response_tokens - 1) + 1, 0)
+
+
+def _majority(values: np.ndarray, minimum: int) -> np.ndarray:
+    """Most frequent non-negative value of each row, ties to the rightmost, -1 below `minimum` appearances."""
+    counts = (values[:, :, None] == values[:, None, :]).sum(-1)  # (n, w)
+    counts = np.where(values >= 0, counts, 0)
+    width = values.shape[1]
+    best = width - 1 - counts[:, ::-1].argmax(axis=1)
+    rows = np.arange(len(values))
+    return np.where(counts[rows, best] >= minimum, values[rows, best], -1)
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """Positions of one sample's parts, counted from its first position."""
+
+    length: int
+    tokens: np.ndarray
+    "(length,) text token numbers, 0 where something continuous stands"
+    markers: np.ndarray
+    "positions of `<item>`, oldest first; the last one is the final target's when has_target"
+    slots: np.ndarray
+    "(items, K) positions of the items' continuous tokens"
+    user_slots: np.ndarray
+    "(K,) or (0,) positions of the user's continuous tokens"
+    response_start: int
+    "position of the first response token"
+    response: np.ndarray
+    "response token numbers"
+
+
+def lay_out(
+    texts: PromptTexts, inputs: np.ndarray, *, num_item_tokens: int, num_user_tokens: int,
+    response: np.ndarray, with_final_marker: bool,
+) -> SampleLayout:
+    """Positions of a sample whose history is `inputs` (item numbers, oldest first).
+
+    The length is len(instruction) + num_user_tokens + sum(1 + K + title) + len(response) + with_final_marker.
+    """
+    head = len(texts.instruction)
+    title_lengths = input_title_lengths(texts, inputs)
+    ends = np.cumsum(1 + num_item_tokens + title_lengths)
+    starts = head + num_user_tokens + ends - (1 + num_item_tokens + title_lengths)
+    response_start = head + num_user_tokens + (int(ends[-1]) if len(ends) else 0)
+    length = response_start + len(response) + int(with_final_marker)
+    tokens = np.zeros(length, dtype=np.int64)
+    tokens[:head] = texts.instruction
+    tokens[response_start : response_start + len(response)] = response
+    for place in np.nonzero(title_lengths)[0]:
+        title_start = starts[place] + 1 + num_item_tokens
+        tokens[title_start : title_start + title_lengths[place]] = texts.titles.row(inputs[place])
+    markers = np.append(starts, length - 1) if with_final_marker else starts
+    return SampleLayout(
+        length=length,
+        tokens=tokens,
+        markers=markers,
+        slots=starts[:, None] + 1 + np.arange(num_item_tokens),
+        user_slots=head + np.arange(num_user_tokens),
+        response_start=response_start,
+        response=response,
+    )
+
+
+def input_title_lengths(texts: PromptTexts, inputs: np.ndarray) -> np.ndarray:
+    """Title tokens written out after each input item: those of the newest `titled_items` (-1: all). (n,) -> (n,)."""
+    lengths = texts.titles.lengths[inputs]
+    if texts.config.titled_items >= 0:
+        lengths = np.where(np.arange(len(inputs)) >= len(inputs) - texts.config.titled_items, lengths, 0)
+    return lengths

@@ -1,0 +1,70 @@
+"""What enters the LLM: text tokens, the `<item>` marker, and the continuous tokens of items and users.
+
+`ItemTable` gives every item one vector, a function of its latents plus a learned residual; the same vector enters the
+LLM and is what the one-step prediction is compared with, so what training learns of an item serves both sides. An item
+that joins later has residual zero and is still described by its latents.
+"""
+
+import torch
+from torch import Tensor, nn
+
+MARKER_ITEM, MARKER_USER = 0, 1
+
+
+class ItemTable(nn.Module):
+    """Vectors and biases of the catalogue.
+
+    Shapes   latents: (n, K*Z) normalised, item_idx: (n,) -> vectors (n, Q), bias (n,)
+    """
+
+    def __init__(self, *, num_items: int, latent_width: int, query_dim: int, residual: bool, log_popularity: Tensor):
+        super().__init__()
+        self.project = nn.Sequential(
+            nn.Linear(latent_width, 2 * query_dim), nn.SiLU(), nn.Linear(2 * query_dim, query_dim)
+        )
+        self.residual = nn.Embedding(num_items, query_dim) if residual else None
+        self.bias = nn.Embedding(num_items, 1)
+        if residual:
+            nn.init.normal_(self.residual.weight, std=0.02)
+        with torch.no_grad():
+            self.bias.weight.copy_(log_popularity[:, None])
+
+    def forward(self, latents: Tensor, item_idx: Tensor) -> tuple[Tensor, Tensor]:
+        vectors = self.project(latents)
+        if self.residual is not None:
+            vectors = vectors + self.residual(item_idx)
+        return vectors, self.bias(item_idx)[:, 0]
+
+
+class ContinuousInputs(nn.Module):
+    """Projects latents and item vectors to the width of the LLM.
+
+    Token k of an item is project(z_k) + slot_k; the last one also carries the item's vector.
+    Shapes   latents (n, K, Z) normalised, vectors (n, Q) -> (n, K, D)
+    """
+
+    def __init__(self, *, num_item_tokens: int, latent_dim: int, query_dim: int, user_dim: int, width: int, dropout: float):
+        super().__init__()
+        self.project = nn.Linear(latent_dim, width)
+        self.slots = nn.Embedding(num_item_tokens, width)
+        self.markers = nn.Embedding(2, width)
+        self.join_vector = nn.Linear(query_dim, width, bias=False)
+        self.project_user = nn.Linear(user_dim, width) if user_dim else None
+        self.dropout = nn.Dropout(dropout)
+        for embedding in (self.slots, self.markers):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def embed_items(self, latents: Tensor, vectors: Tensor) -> Tensor:
+        slots = self.slots(torch.arange(latents.shape[1], device=latents.device))  # (K, D)
+        tokens = self.project(latents) + slots  # (n, K, D)
+        joined = self.join_vector(vectors)[:, None]  # (n, 1, D)
+        tokens = torch.cat([tokens[:, :-1], tokens[:, -1:] + joined], dim=1)
+        return self.dropout(tokens)
+
+    def embed_marker(self, marker: int, count: int) -> Tensor:
+        device = self.markers.weight.device
+        return self.markers(torch.full((count,), marker, dtype=torch.int64, device=device))  # (count, D)
+
+    def embed_users(self, latents: Tensor) -> Tensor:
+        """(n, K, Z) -> (n, K, D)."""
+        return self.project_user(latents)

@@ -1,0 +1,140 @@
+"""The diffusion head: one file, two verbs. `losses` trains the denoiser on an item's latents given the LLM's hidden
+state at `<item>`; `sample` draws latents. `query` is its one-step prediction from pure noise, read out as a vector that
+is compared with the items' vectors.
+
+Losses and sampler run in fp32; matrix products follow the surrounding autocast.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from contrec_dist.config import HeadConfig
+from contrec_dist.model.denoiser import Denoiser
+from contrec_dist.model.losses import dispersive_loss
+from contrec_dist.model.noise_schedule import NoiseSchedule
+from contrec_dist.model.samplers import sample
+
+
+class DiffusionHead(nn.Module):
+    """Generates the K*Z latents of the next item given a condition.
+
+    Shapes   condition (B, D), latents (B, K*Z) normalised to unit variance
+    """
+
+    def __init__(self, config: HeadConfig, *, condition_width: int, latent_width: int):
+        super().__init__()
+        self.config = config
+        self.latent_width = latent_width
+        self.schedule = NoiseSchedule(num_train_steps=config.num_train_steps, kind=config.schedule)
+        self.norm = nn.LayerNorm(condition_width)
+        self.null_condition = nn.Embedding(1, condition_width)
+        self.denoiser = Denoiser(
+            latent_width=latent_width,
+            condition_width=condition_width,
+            width=config.width,
+            num_blocks=config.num_blocks,
+        )
+        self.direct_query = nn.Linear(condition_width, config.query_dim)
+        self.denoised_query = nn.Linear(config.width, config.query_dim, bias=False)
+        self.query_dropout = nn.Dropout(config.dropout)
+        nn.init.normal_(self.null_condition.weight, std=0.02)
+        nn.init.zeros_(self.denoised_query.weight)
+
+    def query(self, condition: Tensor) -> Tensor:
+        """The one-step prediction at t = T - 1 from the mean of the noise, read out in the items' space.
+
+        Shapes   (B, D) -> (B, Q)
+        """
+        condition = self.query_dropout(self.norm(condition))
+        noise_mean = condition.new_zeros(len(condition), self.latent_width)
+        last_step = torch.full((len(condition),), self.config.num_train_steps - 1, device=condition.device)
+        features, _ = self.denoiser(noise_mean, last_step, condition)
+        return self.direct_query(condition) + self.denoised_query(features)  # (B, Q)
+
+    def losses(self, condition: Tensor, latents: Tensor, tau: float, generator: torch.Generator) -> dict[str, Tensor]:
+        """Mean denoising error over the conditions given and their noise draws, and the dispersive loss of the batch.
+
+        Each condition meets `batch_mul` draws of step and noise; a share `condition_drop` of the conditions is
+        replaced by the null one, which is what guidance needs.
+        Shapes   condition (B, D), latents (B, K*Z) -> {"diffusion": (), "dispersive": ()}
+        """
+        repeats, device = self.config.batch_mul, condition.device
+        condition = self._drop_conditions(self.norm(condition), generator).repeat(repeats, 1)  # (B*M, D)
+        x0 = latents.float().repeat(repeats, 1)  # (B*M, K*Z)
+        step = torch.randint(self.config.num_train_steps, (len(x0),), generator=generator, device=device)
+        noise = torch.randn(x0.shape, generator=generator, device=device)
+        x_t = self.schedule.add_noise(x0, noise, step)
+        features, middle = self.denoiser(x_t, step, condition)
+        error = self.denoiser.output(features).float() - self.schedule.target(x0, noise, step, self.config.prediction)
+        return {
+            "diffusion": error.square().mean() if len(x0) else error.sum(),
+            "dispersive": dispersive_loss(middle[: len(latents)], tau),
+        }
+
+    def predict_x0(self, x_t: Tensor, step: Tensor, condition: Tensor) -> Tensor:
+        """Denoised latents, fp32. x_t (B, K*Z), step (B,), condition (B, D) after the norm -> (B, K*Z)."""
+        features, _ = self.denoiser(x_t, step, condition)
+        return self.schedule.to_x0(self.denoiser.output(features).float(), x_t, step, self.config.prediction)
+
+    @torch.no_grad()
+    def sample(
+        self, condition: Tensor, *, num_steps: int, solver: str, guidance: float, generator: torch.Generator
+    ) -> Tensor:
+        """One latent per condition by `num_steps` solver steps: x0 = (1 + w) x0(h) - w x0(null).
+
+        Shapes   condition (B, D) -> (B, K*Z), normalised latents, float32
+        """
+        condition = self.norm(condition.float())
+        null = self._null(len(condition))
+
+        def denoise(x_t: Tensor, step: Tensor) -> Tensor:
+            if guidance == 0.0:
+                return self.predict_x0(x_t, step, condition)
+            both = self.predict_x0(x_t.repeat(2, 1), step.repeat(2), torch.cat([condition, null]))
+            conditional, unconditional = both.chunk(2)
+            return (1 + guidance) * conditional - guidance * unconditional
+
+        shape = (len(condition), self.latent_width)
+        return sample(
+            denoise, self.schedule, shape=shape, num_steps=num_steps, solver=solver, generator=generator,
+            device=condition.device,
+        )
+
+    def _null(self, count: int) -> Tensor:
+        device = self.null_condition.weight.device
+        return self.null_condition(torch.zeros(count, dtype=torch.int64, device=device))
+
+    def _drop_conditions(self, condition: Tensor, generator: torch.Generator) -> Tensor:
+        draw = torch.rand(len(condition), 1, generator=generator, device=condition.device)
+        return torch.where(draw < self.config.condition_drop, self._null(len(condition)), condition)
+
+
+class HeadAverage(nn.Module):
+    """Exponential moving average of the head's parameters, kept as buffers so that checkpoints carry it.
+
+    The decay warms up as (1 + s) / (10 + s), so short runs are not dominated by the start.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], decay: float):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        for name, value in parameters.items():
+            self.register_buffer(self._buffer_name(name), value.detach().clone())
+
+    @staticmethod
+    def _buffer_name(name: str) -> str:
+        return name.replace(".", "__")
+
+    @torch.no_grad()
+    def update(self, parameters: dict[str, Tensor]) -> None:
+        """Move towards the given values, which must be whole (gathered) tensors."""
+        self.num_updates += 1
+        count = int(self.num_updates)
+        decay = min(self.decay, (1 + count) / (10 + count))
+        for name, value in parameters.items():
+            getattr(self, self._buffer_name(name)).lerp_(value.detach().float(), 1 - decay)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Parameter-name pieces to averaged values; names have '__' where the head has '.'."""
+        return {name: value for name, value in self.named_buffers() if name != "num_updates"}

@@ -1,0 +1,228 @@
+"""The training loop: plan, forward, backward, step, checkpoint; the same losses whatever the number of ranks.
+
+Every random draw of a step comes from (seed, step, micro-batch number) and the data order from (seed, epoch, step), so a
+resumed run repeats the uninterrupted one. Losses are sums divided by the counts of the whole global batch.
+"""
+
+import json
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from contrec_dist.config import Config
+from contrec_dist.data.batches import EpochPlan, TrainingRows
+from contrec_dist.data.packed_batch import PackedBatch
+from contrec_dist.errors import ContRecError
+from contrec_dist.progress import get_logger, track
+from contrec_dist.training.checkpoint import TrainingPosition, load_newest_checkpoint, save_checkpoint
+from contrec_dist.training.zero3 import learning_rate_at
+from sharding.partition import count_steps, rank_micro_batches
+
+TERMS = ("lm", "negative", "diffusion", "dispersive")
+METRICS_NAME = "metrics.jsonl"
+
+
+class Interrupted(ContRecError):
+    """The run was asked to stop; a checkpoint of its last step is in place."""
+
+
+class MicroBatches(Dataset):
+    """A rank's steps of an epoch: item i is step first_step + i, a list of (micro-batch number, PackedBatch)."""
+
+    def __init__(self, rows: TrainingRows, plan: EpochPlan, config: Config, first_step: int):
+        self.rows, self.plan, self.train, self.first_step = rows, plan, config.train, first_step
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def __len__(self) -> int:
+        return count_steps(len(self.plan.rows), self.train.global_batch_rows) - self.first_step
+
+    def __getitem__(self, index: int) -> list[tuple[int, PackedBatch]]:
+        micro_batches = rank_micro_batches(
+            self.first_step + index,
+            num_rows=len(self.plan.rows),
+            global_batch_rows=self.train.global_batch_rows,
+            micro_batch_rows=self.train.micro_batch_rows,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return [
+            (number, self.rows.build(self.plan, row_numbers, self.train.micro_batch_rows))
+            for number, row_numbers in micro_batches
+        ]
+
+
+class TrainingLoop:
+    """Runs a DeepSpeed engine over the plan of every epoch. All ranks call every method together."""
+
+    def __init__(self, config: Config, engine, rows: TrainingRows, folder: Path):
+        self.config, self.engine, self.rows, self.folder = config, engine, rows, folder
+        self.log = get_logger("train")
+        self.position = TrainingPosition()
+        self.bad_steps = 0
+        self.stop_requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request_stop)
+
+    def fit(self) -> None:
+        """Train to the end, from the newest good checkpoint if there is one.
+
+        Errors   Interrupted after SIGTERM or SIGINT, with a checkpoint of the last step in place
+                 ContRecError when max_bad_steps losses were not finite
+        """
+        resumed = load_newest_checkpoint(self.engine, self.folder)
+        if resumed is not None:
+            self.position = resumed
+            self.log.info("resumed at step %d (epoch %d)", resumed.step, resumed.epoch)
+        self._trim_metrics()
+        while self.position.epoch < self.config.train.num_epochs and not self._steps_exhausted():
+            self._train_epoch()
+        save_checkpoint(self.engine, self.folder, self.position, self.config.train.keep_last_n)
+
+    def _train_epoch(self) -> None:
+        plan = self.rows.plan(self.position.epoch)
+        dataset = MicroBatches(self.rows, plan, self.config, self.position.epoch_step)
+        num_steps = len(dataset) + self.position.epoch_step
+        if self.position.epoch_step == 0 and dist.get_rank() == 0:
+            padding = plan.padding_ratio(self.config.train.row_tokens)
+            self.log.info(
+                "epoch %d: %d samples in %d rows, %d steps, padding %.1f%%",
+                self.position.epoch, len(plan.user), len(plan.rows), num_steps, 100 * padding,
+            )  # fmt: skip
+        loader = DataLoader(dataset, batch_size=None, num_workers=0)
+        steps = iter(loader)
+        if dist.get_rank() == 0:
+            name = f"train epoch {self.position.epoch + 1}/{self.config.train.num_epochs}"
+            steps = track(steps, stage=name, unit="steps", total=num_steps, done=self.position.epoch_step)
+        for micro_batches in steps:
+            self._train_step(micro_batches, num_steps)
+            self._checkpoint_if_due()
+            if self._steps_exhausted():
+                return
+        self.position = replace(self.position, epoch=self.position.epoch + 1, epoch_step=0)
+
+    def _train_step(self, micro_batches: list[tuple[int, PackedBatch]], steps_in_epoch: int) -> None:
+        self._set_learning_rate(steps_in_epoch)
+        started = time.monotonic()
+        counts = self._global_counts(micro_batches)
+        sums = torch.zeros(len(TERMS), dtype=torch.float64)
+        for number, batch in micro_batches:
+            terms = self._forward(number, batch, counts)
+            self.engine.backward(self._weighted(terms) * dist.get_world_size() * len(micro_batches))
+            self.engine.step()
+            sums += torch.tensor([float(terms[name].detach()) for name in TERMS], dtype=torch.float64)
+        self._update_average()
+        self.position = replace(
+            self.position, step=self.position.step + 1, epoch_step=self.position.epoch_step + 1
+        )
+        self._record(sums, counts, time.monotonic() - started)
+
+    def _forward(self, number: int, batch: PackedBatch, counts: torch.Tensor) -> dict[str, torch.Tensor]:
+        """This micro-batch's share of each term of the global batch's loss."""
+        seed = _draw_seed(self.config.seed, self.position.step, number)
+        out = self.engine(batch.to(self.engine.device), seed)
+        num_targets, num_texts = counts.to(self.engine.device, torch.float32).clamp(min=1)
+        share = out["num_targets"] / num_targets
+        return {
+            "lm": out["lm"] / num_texts,
+            "negative": out["negative"] / num_targets,
+            "diffusion": out["diffusion"] * share,
+            "dispersive": out["dispersive"] * share,
+        }
+
+    def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        weights = self.config.loss
+        return sum(getattr(weights, name) * terms[name] for name in TERMS)
+
+    def _global_counts(self, micro_batches: list[tuple[int, PackedBatch]]) -> torch.Tensor:
+        """Targets and text labels of the whole global batch. -> (2,) float64"""
+        counts = torch.tensor(
+            [sum(len(batch.target_idx) for _, batch in micro_batches),
+             sum(len(batch.text_labels) for _, batch in micro_batches)],
+            dtype=torch.float64, device=self.engine.device,
+        )  # fmt: skip
+        dist.all_reduce(counts)
+        return counts.cpu()
+
+    def _update_average(self) -> None:
+        model = self.engine.module
+        if model.average is None:
+            return
+        import deepspeed
+
+        parameters = dict(model.head.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=self.config.zero.stage == 3):
+            model.average.update(parameters)
+
+    def _set_learning_rate(self, steps_in_epoch: int) -> None:
+        train, position = self.config.train, self.position
+        if train.max_steps:
+            progress = (position.step + 1) / train.max_steps
+        else:
+            progress = (position.epoch + (position.epoch_step + 1) / steps_in_epoch) / train.num_epochs
+        rate = learning_rate_at(progress, peak=train.learning_rate, warmup_ratio=train.warmup_ratio)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self.learning_rate = rate
+
+    def _record(self, sums: torch.Tensor, counts: torch.Tensor, seconds: float) -> None:
+        """Sum the terms over the ranks, count bad steps, and append a line of metrics now and then."""
+        total = sums.to(self.engine.device)
+        dist.all_reduce(total)
+        values = dict(zip(TERMS, total.tolist()))
+        loss = sum(getattr(self.config.loss, name) * value for name, value in values.items())
+        self._count_bad_step(loss)
+        if dist.get_rank() == 0 and self.position.step % self.config.train.log_every_steps == 0:
+            line = {"step": self.position.step, "epoch": self.position.epoch, "loss": loss, **values,
+                    "learning_rate": self.learning_rate, "num_targets": int(counts[0])}  # fmt: skip
+            with open(self.folder / METRICS_NAME, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _count_bad_step(self, loss: float) -> None:
+        """A loss that is not finite makes a gradient norm that is not finite, and DeepSpeed discards such a step."""
+        if torch.isfinite(torch.tensor(loss)):
+            return
+        self.bad_steps += 1
+        self.log.warning("step %d: loss %s, step not applied (%d of %d allowed)",
+                         self.position.step, loss, self.bad_steps, self.config.train.max_bad_steps)  # fmt: skip
+        if self.bad_steps > self.config.train.max_bad_steps:
+            raise ContRecError(f"{self.bad_steps} steps had a loss that is not finite; the last good checkpoint is kept")
+
+    def _checkpoint_if_due(self) -> None:
+        asked = torch.tensor(float(self.stop_requested), device=self.engine.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked > 0 or self.position.step % self.config.train.checkpoint_every_steps == 0:
+            save_checkpoint(self.engine, self.folder, self.position, self.config.train.keep_last_n)
+        if asked > 0:
+            raise Interrupted(f"stopped at step {self.position.step}; run the same command again to go on")
+
+    def _request_stop(self, number: int, frame) -> None:
+        self.stop_requested = True
+
+    def _steps_exhausted(self) -> bool:
+        return 0 < self.config.train.max_steps <= self.position.step
+
+    def _trim_metrics(self) -> None:
+        """Drop metric lines of steps that the checkpoint does not hold: they will be written again."""
+        path = self.folder / METRICS_NAME
+        if dist.get_rank() == 0 and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if _line_step(line) <= self.position.step]
+            path.write_text("".join(line + "\n" for line in lines))
+
+
+def _line_step(line: str) -> float:
+    """Step of a metrics line; a line that a kill cut short counts as never written."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+
+
+def _draw_seed(seed: int, step: int, number: int) -> int:
+    """A 63-bit seed for one micro-batch, the same on any number of ranks."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + number)
+    return int(torch.randint(2**63 - 1, (), generator=generator))
