@@ -68,8 +68,8 @@ class Histories:
         lengths = frame["items"].list.len().to_numpy().astype(np.int64)
         return cls(
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            items=frame["items"].explode(empty_as_null=False).to_numpy(),
-            timestamps=frame["timestamps"].explode(empty_as_null=False).to_numpy(),
+            items=frame["items"].explode().to_numpy(),
+            timestamps=frame["timestamps"].explode().to_numpy(),
             num_train=frame["num_train"].to_numpy(),
             validation_pos=frame["validation_pos"].to_numpy(),
             test_pos=frame["test_pos"].to_numpy(),

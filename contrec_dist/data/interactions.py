@@ -56,12 +56,13 @@ def clean_logs(raw: RawLogs, source: SourceConfig) -> CleanLogs:
     Errors   DataError where more than max_bad_ratio of a file's rows are wrong (with counts and examples), or where
              nothing is left; ConfigError where min_rating is set and the source has no rating.
     """
-    drops, bad, items = dict(raw.dropped), {}, None
+    drops, bad, items = {}, {}, None
     if raw.items is not None:
         items = clean_items(raw.items, source.max_bad_ratio, drops, bad)
     rows = _parse_interactions(raw, source)
     rows = _mark_unknown_items(rows, items)
     rows = take_good_rows(rows, raw.interactions, "interactions", source.max_bad_ratio, drops, bad)
+    rows = _take_first_listed(rows, raw.further_rows, drops)
     rows = _filter_rating(rows, source, drops)
     rows, user_ids, item_ids = _number_ids(rows)
     rows = deduplicate(sort_by_user(rows), source.deduplicate, drops)
@@ -201,6 +202,15 @@ def _mark_unknown_items(rows: pl.DataFrame, items: pl.DataFrame | None) -> pl.Da
         return rows
     known = pl.col("item_id").is_in(items["item_id"].implode())
     return rows.with_columns(_first_fault({"item not in the item file": ~known}))
+
+
+def _take_first_listed(rows: pl.DataFrame, reason: str, drops: dict[str, int]) -> pl.DataFrame:
+    """The first-listed row of every (user, item), where the format asks for it by naming a `reason`."""
+    if not reason:
+        return rows
+    kept = rows.filter(pl.struct("user_id", "item_id").is_first_distinct())
+    _count(drops, reason, len(rows) - len(kept))
+    return kept
 
 
 def _filter_rating(rows: pl.DataFrame, source: SourceConfig, drops: dict[str, int]) -> pl.DataFrame:

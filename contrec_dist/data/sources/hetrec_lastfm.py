@@ -7,8 +7,6 @@ first of a month. Tags are no item text here: users gave them after the interact
 
 from pathlib import Path
 
-import polars as pl
-
 from contrec_dist.config import Config
 from contrec_dist.data.sources.raw import RawLogs
 from contrec_dist.data.sources.text_files import find_file, read_separated
@@ -23,17 +21,11 @@ def source_files(config: Config) -> dict[str, Path]:
 
 
 def read(config: Config) -> RawLogs:
-    """Read tag rows and artists; of the rows of one (user, artist) the first one stays."""
+    """Read tag rows and artists."""
     files = source_files(config)
     tags = read_separated(files[TAGS_FILE], ["user_id", "item_id", "tag", "time"], separator="\t", header=True)
-    num_rows = len(tags.frame)
-    # A faulty row has no pair to speak of: all of them stay, to be counted as wrong.
-    first = pl.struct("user_id", "item_id").is_first_distinct() | pl.col("fault").is_not_null()
-    tags.frame = tags.frame.filter(first).drop("tag")
-    artists = read_separated(
-        files[ARTISTS_FILE], ["item_id", "title", "url", "picture"], separator="\t", header=True, num_required=2
+    columns = ["item_id", "title", "url", "picture"]
+    artists = read_separated(files[ARTISTS_FILE], columns, separator="\t", header=True, num_required=2)
+    return RawLogs(
+        interactions=tags, items=artists, time_unit="ms", further_rows="further tag row of the same user and artist"
     )
-    artists.frame = artists.frame.drop("url", "picture")
-    artists.frame = artists.frame.with_columns(category=pl.lit(""), brand=pl.lit(""), text=pl.lit(""))
-    dropped = {"further tag row of the same user and artist": num_rows - len(tags.frame)}
-    return RawLogs(interactions=tags, items=artists, time_unit="ms", dropped=dropped)

@@ -6,8 +6,6 @@ Titles are latin-1 in 1M and UTF-8 in 10M; both are read. Genres become category
 
 from pathlib import Path
 
-import polars as pl
-
 from contrec_dist.config import Config
 from contrec_dist.data.sources.raw import RawLogs
 from contrec_dist.data.sources.text_files import find_file, read_separated
@@ -23,5 +21,4 @@ def read(config: Config) -> RawLogs:
     files = source_files(config)
     ratings = read_separated(files["ratings.dat"], ["user_id", "item_id", "rating", "time"], separator="::")
     movies = read_separated(files["movies.dat"], ["item_id", "title", "category"], separator="::")
-    movies.frame = movies.frame.with_columns(brand=pl.lit(""), text=pl.lit(""))
     return RawLogs(interactions=ratings, items=movies, time_unit="s")

@@ -1,6 +1,6 @@
 """What every reader returns: raw rows as text, and how to find a row again in its file."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Literal
 
@@ -30,13 +30,14 @@ class RawLogs:
 
     `interactions` has user_id and item_id, and, where the source has them, time, order and rating.
     `items` has item_id and ITEM_COLUMNS; None where there is no item file.
-    `dropped` counts what the format itself leaves out, by reason.
+    `further_rows`, where given, says that only the first-listed row of a (user, item) is an interaction, and under
+    which reason the others are counted.
     """
 
     interactions: RawTable
     items: RawTable | None
     time_unit: Literal["auto", "s", "ms"] = "auto"
-    dropped: dict[str, int] = field(default_factory=dict)
+    further_rows: str = ""
 
 
 def locate_by_line(path: Path, *, first_line: int) -> Locator:

@@ -8,7 +8,9 @@ memory, decompressed, while it is parsed (1 M rows a second or so).
 import csv
 import io
 import shutil
+import sys
 from pathlib import Path
+from typing import Iterator
 
 import polars as pl
 
@@ -80,7 +82,7 @@ def _check_columns(path: Path, columns: dict[str, tuple[str, str]], present: lis
 
 def _read_delimited(path: Path, columns: dict[str, tuple[str, str]], separator: str) -> RawTable:
     with open_binary(path) as file:
-        first = file.readline().decode("utf-8-sig").rstrip("\r\n")
+        first = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
         header = next(csv.reader([first], delimiter=separator), [])
         _check_columns(path, columns, header)
         # One column more than the header has: what lands in it shows a row with too many fields.
@@ -111,20 +113,27 @@ def _locate_in_csv(path: Path, separator: str) -> Locator:
     """Locator that counts lines again, since a quoted field may hold line breaks."""
 
     def locate(rows: list[int]) -> list[str]:
-        wanted, lines = set(rows), {}
-        with io.TextIOWrapper(open_binary(path), "utf-8", errors="replace", newline="") as file:
-            reader = csv.reader(file, delimiter=separator)
-            next(reader)
-            start = reader.line_num + 1
-            for row, _ in enumerate(reader):
-                if row in wanted:
-                    lines[row] = start
-                if len(lines) == len(wanted):
-                    break
-                start = reader.line_num + 1
+        with open_binary(path) as file:
+            starts = _record_lines(io.TextIOWrapper(file, "utf-8", errors="replace", newline=""), separator)
+            wanted = set(rows)
+            lines = {row: line for row, line in zip(range(max(rows) + 1), starts) if row in wanted}
         return [f"{path}:{lines.get(row, '?')}" for row in rows]
 
     return locate
+
+
+def _record_lines(file: io.TextIOWrapper, separator: str) -> Iterator[int]:
+    """The line on which each record after the header begins."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        reader = csv.reader(file, delimiter=separator)
+        next(reader)
+        start = reader.line_num + 1
+        for _ in reader:
+            yield start
+            start = reader.line_num + 1
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_parquet(path: Path, columns: dict[str, tuple[str, str]]) -> RawTable:

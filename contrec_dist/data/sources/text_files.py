@@ -6,8 +6,10 @@ row r of a frame is line r + 1 of the file, blank lines included.
 
 import gzip
 import io
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Sequence
+from typing import BinaryIO, Iterator, Sequence
 
 import polars as pl
 
@@ -33,20 +35,16 @@ def find_file(config: Config, key: str, name: str) -> Path:
     raise ConfigError(key, f"{folder / name}, which does not exist", f"a file in that folder, which holds: {present}")
 
 
-def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading bytes, decompressing *.gz."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+@contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading bytes, decompressing *.gz.
 
-
-def read_bytes(path: Path) -> bytes:
-    """The decompressed content.
-
-    Errors   DataError naming a broken gz file.
+    Errors   DataError naming a file that is cut off, damaged or unreadable.
     """
     try:
-        with open_binary(path) as file:
-            return file.read()
-    except (OSError, EOFError) as error:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(str(path), f"an unreadable file ({error})", "a whole file") from None
 
 
@@ -79,7 +77,8 @@ def read_separated(
 
 def _read_lines(path: Path) -> pl.DataFrame:
     """All lines as [row, text]; a separator that no text holds makes polars' CSV reader a fast line reader."""
-    data = decode(read_bytes(path))
+    with open_binary(path) as file:
+        data = decode(file.read())
     if not data:
         raise DataError(str(path), "an empty file", "at least one line")
     lines = pl.read_csv(
