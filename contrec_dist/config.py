@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional, Sequence
 
-from omegaconf import MISSING, OmegaConf
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from contrec_dist.errors import ConfigError
@@ -373,6 +374,8 @@ class ScoreConfig:
 
     k: int = 50
     "items a user"
+    splits: list[str] = field(default_factory=lambda: ["validation", "test"])
+    "histories to score: before the 'validation' item, before the 'test' item, or 'next': everything seen so far"
     rank_by: Literal["query", "samples"] = "query"
     "search with the one-step prediction from pure noise, or fuse the neighbours of sampled latents"
     num_samples: int = 8
@@ -495,24 +498,42 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 def _merge_one(merged, source: str | Path):
     """Merge one YAML file or one key=value argument into `merged`."""
     try:
+        if Path(source).is_file():
+            key, value = str(source), "a value that does not fit"
+            return OmegaConf.merge(merged, _read_yaml(Path(source)))
         if isinstance(source, str) and "=" in source:
+            key, _, value = source.partition("=")
             return OmegaConf.merge(merged, OmegaConf.from_dotlist([source]))
-        if not Path(source).is_file():
-            raise ConfigError("--config", str(source), "a YAML file that exists, or key=value")
-        return OmegaConf.merge(merged, OmegaConf.load(source))
     except OmegaConfBaseException as error:
-        raise _named_error(error) from None
+        raise _named_error(error, key, value) from None
+    raise ConfigError("--config", str(source), "a YAML file that exists, or key=value")
 
 
-def _named_error(error: OmegaConfBaseException) -> ConfigError:
-    """Turn omegaconf's error into one that names the key, what it got and what was expected."""
-    key = error.full_key or str(error.key)
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), " ".join(str(error).split()), "a YAML file") from None
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(str(path), f"a {type(OmegaConf.to_container(loaded)).__name__}", "a mapping of keys to values")
+    return loaded
+
+
+def _named_error(error: OmegaConfBaseException, key: str = "", value: str = "a value that does not fit") -> ConfigError:
+    """Turn omegaconf's error into one that names the key, what it got and what was expected.
+
+    `key` and `value` are what was merged; they are named where omegaconf does not know better.
+    """
+    key = error.full_key or error.key or key
     summary = str(error).splitlines()[0]
     if isinstance(error, ConfigKeyError):
         hint = summary.partition("Did you mean: ")[2].strip("?'")
-        parent = key.rpartition(".")[0]
+        parent = str(key).rpartition(".")[0]
         nearest = f"{parent}.{hint}" if parent else hint
         return ConfigError(key, "an unknown key", f"a known one; did you mean '{nearest}'?" if hint else "a known one")
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(key, "nothing", "a value (it has no default)")
-    return ConfigError(key, error.value if hasattr(error, "value") else error.msg, summary)
+    kind = summary.partition("could not be converted to ")[2]
+    expected = f"a value of type {kind}" if kind else summary.partition("expected ")[2] or summary
+    got = getattr(error, "value", None)
+    return ConfigError(key, value if got is None else got, expected)

@@ -1,0 +1,88 @@
+"""The command line: `contrec STAGE --config FILE [key=value ...]`."""
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+from rich.console import Console
+
+from contrec_dist.config import Config, load_config
+from contrec_dist.errors import ContRecError
+from contrec_dist.manifest import Manifest
+from contrec_dist.progress import get_logger
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two spinning processes on two cores slow each other tenfold
+
+STAGES = {
+    "prepare": ("contrec_dist.data.prepare", "raw logs -> catalog/"),
+    "embed": ("contrec_dist.embeddings.embed", "catalog -> embeddings/: LightGCN and text"),
+    "tokenize": ("contrec_dist.tokenizer.tokenize", "embeddings -> tokenizer/: trains the sigma-VAE"),
+    "precompute": ("contrec_dist.data.precompute", "tokenizer -> tokens/: latents and WebDataset shards (Ray)"),
+    "train": ("contrec_dist.training.train", "tokens -> model/: DeepSpeed ZeRO-3"),
+    "index": ("contrec_dist.retrieval.index", "model -> index/: FAISS shards"),
+    "score": ("contrec_dist.retrieval.score", "model, index -> recommendations/ (Ray)"),
+    "evaluate": ("contrec_dist.report.evaluate", "recommendations -> report/"),
+}
+
+
+def run_stage_by_name(name: str, config: Config) -> Manifest:
+    """Run one stage. Errors   ContRecError of that stage."""
+    return import_module(STAGES[name][0]).run(config)
+
+
+def run_pipeline(config: Config) -> None:
+    """All stages in order; the complete ones are skipped. Ends with the table of results."""
+    for name in STAGES:
+        run_stage_by_name(name, config)
+    show_results(config)
+
+
+def show_results(config: Config) -> None:
+    """Print the table of results and where the report lies."""
+    import json
+
+    from contrec_dist.report.tables import print_table
+
+    folder = config.folder("report")
+    print_table(json.loads((folder / "metrics.json").read_text()), folder / "report.html")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One sub-command a stage, and `pipeline` for all."""
+    parser = argparse.ArgumentParser(
+        prog="contrec",
+        description="Generative recommendation with continuous tokens, one stage at a time.",
+        epilog="example: contrec pipeline --config configs/demo.yaml train.num_epochs=3",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
+    summaries = {name: summary for name, (_, summary) in STAGES.items()}
+    for name, summary in {**summaries, "pipeline": "all stages in order; complete ones are skipped"}.items():
+        command = commands.add_parser(
+            name, help=summary, description=summary, epilog=f"example: contrec {name} --config configs/demo.yaml seed=1"
+        )
+        command.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="config values, for example seed=1")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0 done, 1 a named error."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        config = load_config(parsed.config, parsed.overrides)
+        if parsed.command == "pipeline":
+            run_pipeline(config)
+        else:
+            manifest = run_stage_by_name(parsed.command, config)
+            Console().print(f"{parsed.command}: {config.folder(manifest.folder)}")
+            if parsed.command == "evaluate":
+                show_results(config)
+    except ContRecError as error:
+        get_logger(parsed.command).error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
