@@ -1,0 +1,158 @@
+"""Stage embed on a toy catalogue: no leak, the contract of what is written, new items."""
+
+import dataclasses
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from contrec_dist.config import Config, EmbedConfig
+from contrec_dist.embeddings import embed
+from contrec_dist.embeddings.embed import Standardisation, embed_new_items
+from contrec_dist.errors import ArtifactError, ConfigError
+from contrec_dist.manifest import Manifest, run_stage
+
+NUM_USERS, NUM_ITEMS, COLD_ITEM = 20, 12, 11
+ITEM_FILES = ("items.npy", "users.npy", "user_known.npy", "standardisation.safetensors", "layout.json")
+
+
+def toy_histories(held_out_seed: int = 0) -> list[list[int]]:
+    """Histories of 5; the training part is always the same, the last two depend on the seed."""
+    training, held_out = np.random.default_rng(7), np.random.default_rng(held_out_seed)
+    rows = [[*training.choice(6, 3, replace=False) + 5 * (user % 2), *held_out.choice(COLD_ITEM, 2, replace=False)] for user in range(NUM_USERS)]
+    return [[int(item) for item in row] for row in rows] + [[1]]  # the last user is short and all of it is training
+
+
+def write_catalog(config: Config, histories: list[list[int]], titles: list[str] | None = None) -> None:
+    """A catalog/ folder as stage prepare writes it."""
+    num_train = [max(len(items) - 2, 0) if len(items) >= 3 else len(items) for items in histories]
+    counts = np.bincount([i for items, stop in zip(histories, num_train) for i in items[:stop]], minlength=NUM_ITEMS)
+    titles = titles or [f"{'nail polish' if item < 6 else 'hair shampoo'} number {item}" for item in range(NUM_ITEMS)]
+
+    def build(_config, folder):
+        strings = {"category": ["Beauty"] * NUM_ITEMS, "brand": [""] * NUM_ITEMS, "text": [""] * NUM_ITEMS}
+        ids = {"item_idx": list(range(NUM_ITEMS)), "item_id": [f"i{item}" for item in range(NUM_ITEMS)], "title": titles}
+        pl.DataFrame({**ids, **strings, "num_train": counts}).write_parquet(folder / "items.parquet")
+        users = list(range(len(histories)))
+        pl.DataFrame({"user_idx": users, "user_id": [f"u{user}" for user in users]}).write_parquet(folder / "users.parquet")
+        positions = [(len(h) - 2, len(h) - 1) if len(h) >= 3 else (-1, -1) for h in histories]
+        columns = {"user_idx": users, "items": histories, "timestamps": [[0] * len(h) for h in histories], "num_train": num_train}
+        columns |= {"validation_pos": [p[0] for p in positions], "test_pos": [p[1] for p in positions]}
+        pl.DataFrame(columns).write_parquet(folder / "histories.parquet")
+        return {}
+
+    run_stage(config, stage="prepare", folder="catalog", sections=("source",), inputs=(), build=build)
+
+
+def toy_config(tmp_path, name: str = "toy", **settings) -> Config:
+    embed_config = EmbedConfig(**{"collaborative_dim": 4, "num_epochs": 3, "text_dim": 5, "num_hash_features": 256, **settings})
+    return Config(name=name, run_dir=str(tmp_path / name), embed=embed_config)
+
+
+def run_toy(tmp_path, name: str = "toy", histories=None, **settings) -> Config:
+    config = toy_config(tmp_path, name, **settings)
+    write_catalog(config, histories or toy_histories())
+    embed.run(config)
+    return config
+
+
+def test_validation_and_test_items_do_not_reach_the_embedding(tmp_path):
+    first, second = toy_histories(held_out_seed=1), toy_histories(held_out_seed=2)
+    assert first != second
+    folders = [run_toy(tmp_path, name, rows).folder("embeddings") for name, rows in (("a", first), ("b", second))]
+    for name in (*ITEM_FILES, "text_encoder/ngrams.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def test_a_changed_training_item_does_reach_the_embedding(tmp_path):
+    histories = toy_histories()
+    changed = [[(items[0] + 1) % COLD_ITEM, *items[1:]] for items in histories]
+    arrays = [np.load(run_toy(tmp_path, name, rows).folder("embeddings") / "items.npy") for name, rows in (("a", histories), ("b", changed))]
+    assert not np.array_equal(*arrays)
+
+
+def test_lightgcn_is_given_the_training_part_and_nothing_else(tmp_path, monkeypatch):
+    seen, original = [], embed.fit_lightgcn
+    monkeypatch.setattr(embed, "fit_lightgcn", lambda edges, *rest: seen.append(edges.copy()) or original(edges, *rest))
+    histories = toy_histories()
+    run_toy(tmp_path, histories=histories)
+    expected = {(user, item) for user, items in enumerate(histories) for item in (items[:-2] if len(items) >= 3 else items)}
+    assert {(int(user), int(item)) for user, item in seen[0]} == expected
+    assert len(seen[0]) == 3 * NUM_USERS + 1
+
+
+def test_what_is_written_is_the_contract(tmp_path):
+    config = run_toy(tmp_path)
+    folder = config.folder("embeddings")
+    items, users, known = (np.load(folder / name) for name in ("items.npy", "users.npy", "user_known.npy"))
+    assert items.shape == (NUM_ITEMS, 9) and items.dtype == np.float32
+    assert users.shape == (NUM_USERS + 1, 4) and users.dtype == np.float32
+    assert known.all() and known.dtype == bool
+    assert json.loads((folder / "layout.json").read_text()) == {"collaborative": [0, 4], "text": [4, 9]}
+    assert Manifest.load(folder).files["items.npy"]["shape"] == [NUM_ITEMS, 9]
+
+
+def test_both_parts_are_standardised_over_items_with_training_interactions(tmp_path):
+    config = run_toy(tmp_path)
+    items = np.load(config.folder("embeddings") / "items.npy")
+    trained = pl.read_parquet(config.folder("catalog") / "items.parquet")["num_train"].to_numpy() > 0
+    assert trained[:COLD_ITEM].all() and not trained[COLD_ITEM]
+    for part in (items[trained, :4], items[trained, 4:]):
+        np.testing.assert_allclose(part.mean(0), 0, atol=1e-5)
+        assert part.var(0).mean() == pytest.approx(1, abs=1e-4)
+
+
+def test_items_and_users_without_training_edges_have_a_zero_collaborative_part(tmp_path):
+    config = run_toy(tmp_path, histories=[*toy_histories(), []])
+    folder = config.folder("embeddings")
+    items, users, known = (np.load(folder / name) for name in ("items.npy", "users.npy", "user_known.npy"))
+    assert not items[COLD_ITEM, :4].any() and items[COLD_ITEM, 4:].any()
+    assert not known[-1] and known[:-1].all() and not users[-1].any()
+
+
+def test_new_item_with_the_words_of_an_old_one_gets_its_text_part(tmp_path):
+    config = run_toy(tmp_path)
+    row = embed_new_items(config.folder("embeddings"), ["nail polish number 3"], ["Beauty"], [""], [""])
+    items = np.load(config.folder("embeddings") / "items.npy")
+    assert row.shape == (1, 9) and row.dtype == np.float32 and not row[0, :4].any()
+    np.testing.assert_allclose(row[0, 4:], items[3, 4:], atol=1e-5)
+
+
+def test_without_collaborative_part_the_columns_are_text_alone(tmp_path):
+    folder = run_toy(tmp_path, collaborative="none").folder("embeddings")
+    assert np.load(folder / "items.npy").shape == (NUM_ITEMS, 5)
+    assert np.load(folder / "users.npy").shape == (NUM_USERS + 1, 0) and np.load(folder / "user_known.npy").all()
+    assert json.loads((folder / "layout.json").read_text()) == {"collaborative": [0, 0], "text": [0, 5]}
+
+
+def test_neither_part_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="embed"):
+        run_toy(tmp_path, collaborative="none", text_dim=0)
+
+
+def test_same_config_same_bytes_and_a_second_run_is_skipped(tmp_path):
+    first, second = (run_toy(tmp_path, name) for name in "ab")
+    files = [{k: v["sha256"] for k, v in Manifest.load(c.folder("embeddings")).files.items()} for c in (first, second)]
+    assert files[0] == files[1]
+    before = (first.folder("embeddings") / "items.npy").stat().st_mtime_ns
+    embed.run(dataclasses.replace(first))
+    assert (first.folder("embeddings") / "items.npy").stat().st_mtime_ns == before
+
+
+def test_new_weights_under_an_old_model_path_count(tmp_path):
+    (tmp_path / "weights").write_text("old")
+    old = embed.hash_model(str(tmp_path))
+    (tmp_path / "weights").write_text("new")
+    assert embed.hash_model(str(tmp_path)) != old
+    assert embed.hash_model("") == "" and embed.hash_model("hub/name") == "hub/name"
+
+
+def test_new_items_need_a_complete_folder(tmp_path):
+    with pytest.raises(ArtifactError, match="manifest"):
+        embed_new_items(tmp_path, ["a"], [""], [""], [""])
+
+
+def test_standardisation_of_constant_rows_is_finite():
+    part = Standardisation.fit(np.full((3, 2), 5, np.float32))
+    np.testing.assert_array_equal(part.apply(np.full((1, 2), 5, np.float32)), 0)
