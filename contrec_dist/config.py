@@ -487,7 +487,7 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
     Errors   ConfigError that names the key, what it got and what was expected (unknown keys: the nearest one).
     """
     merged = OmegaConf.structured(Config)
-    for source in [*files, *overrides]:
+    for source in [*map(Path, files), *overrides]:
         merged = _merge_one(merged, source)
     try:
         return OmegaConf.to_object(merged)
@@ -498,12 +498,12 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 def _merge_one(merged, source: str | Path):
     """Merge one YAML file or one key=value argument into `merged`."""
     try:
-        if Path(source).is_file():
-            key, value = str(source), "a value that does not fit"
-            return OmegaConf.merge(merged, _read_yaml(Path(source)))
         if isinstance(source, str) and "=" in source:
             key, _, value = source.partition("=")
             return OmegaConf.merge(merged, OmegaConf.from_dotlist([source]))
+        if Path(source).is_file():
+            key, value = str(source), "a value that does not fit"
+            return OmegaConf.merge(merged, _read_yaml(Path(source)))
     except OmegaConfBaseException as error:
         raise _named_error(error, key, value) from None
     raise ConfigError("--config", str(source), "a YAML file that exists, or key=value")

@@ -211,14 +211,14 @@ def _complete_manifest(target: Path, identity: str) -> Manifest | None:
     """The manifest of `target` when it is complete and has this identity."""
     if not (target / MANIFEST_NAME).is_file():
         return None
-    manifest = Manifest.load(target)
-    if manifest.identity != identity:
-        get_logger(manifest.stage).info("settings or inputs changed: %s is built again", target)
-        return None
     try:
+        manifest = Manifest.load(target)
+        if manifest.identity != identity:
+            get_logger(manifest.stage).info("settings or inputs changed: %s is built again", target)
+            return None
         manifest.check_files(target)
     except ArtifactError as error:
-        get_logger(manifest.stage).warning("built again: %s", error)
+        get_logger(target.name).warning("built again: %s", error)
         return None
     return manifest
 
@@ -226,7 +226,11 @@ def _complete_manifest(target: Path, identity: str) -> Manifest | None:
 def _open_partial(work: Path, identity: str) -> None:
     """Make `work` ready: keep what the same identity left there, drop anything else."""
     marker = work / IDENTITY_NAME
-    if work.is_dir() and (not marker.is_file() or json.loads(marker.read_text()).get("identity") != identity):
+    try:
+        left_by = json.loads(marker.read_text())
+    except (OSError, ValueError):
+        left_by = None
+    if work.is_dir() and left_by != {"identity": identity}:
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     if not marker.is_file():
