@@ -26,9 +26,9 @@ import numpy as np
 from contrec_dist.config import IndexConfig
 from contrec_dist.errors import ArtifactError, ConfigError, DataError
 from contrec_dist.manifest import write_json
-from contrec_dist.progress import get_logger
 from contrec_dist.retrieval.top_k import Metric, check_metric, check_queries, check_vectors, empty_result
 from contrec_dist.retrieval.top_k import exact_top_k, largest_norm, merge_top_k, refine_top_k
+from sharding.faiss_devices import copy_to_gpus
 from sharding.faiss_factory import (
     choose_factory,
     is_exact,
@@ -137,7 +137,9 @@ class FaissShards:
             raise ArtifactError(path, f"format {layout.get('format')}", f"format {LAYOUT_FORMAT}")
         shards = [_open_shard(Path(folder), record, layout) for record in layout["shards"]]
         set_parameters([shard.index for shard in shards], layout["parameters"])
-        _move_to_gpus(shards, device, layout["parameters"])
+        copies = copy_to_gpus([shard.index for shard in shards], device, layout["parameters"])
+        for shard, copy in zip(shards, copies):
+            shard.gpu_index = copy
         return cls(shards, layout)
 
     @property
@@ -308,29 +310,3 @@ def _open_shard(folder: Path, record: dict, layout: dict) -> Shard:
     shard = Shard(index, ids, layout["metric"], record["max_norm"], is_exact(layout["factory"]))
     _prepare_reconstruction(shard, layout["factory"])
     return shard
-
-
-def _move_to_gpus(shards: list[Shard], device: str, parameters: dict) -> None:
-    """Copy the shards to the GPUs in turn where `device` asks for it and FAISS can; say in one line what searches."""
-    log = get_logger("index")
-    num_gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    if device == "gpu" and not num_gpus:
-        raise ConfigError("index.device", "gpu", "faiss-gpu (the extra 'gpu') and a GPU, or device cpu or auto")
-    if device == "cpu" or not num_gpus:
-        log.info("search on CPU: %d shards, %d threads", len(shards), faiss.omp_get_max_threads())
-        return
-    try:
-        copies = []
-        for number, shard in enumerate(shards):
-            resources = faiss.StandardGpuResources()
-            copies.append(faiss.index_cpu_to_gpu(resources, number % num_gpus, shard.index))
-            for name, value in parameters.items():
-                faiss.GpuParameterSpace().set_index_parameter(copies[-1], name, value)
-    except RuntimeError as error:
-        if device == "gpu":
-            raise ConfigError("index.device", f"gpu ({str(error).splitlines()[0]})", "cpu for this index.factory") from None
-        log.info("search on CPU: FAISS has no GPU form of this index")
-        return
-    for shard, copy in zip(shards, copies):
-        shard.gpu_index = copy
-    log.info("search on GPU: %d shards on %d GPUs", len(shards), num_gpus)
