@@ -19,6 +19,7 @@ import polars as pl
 from safetensors.numpy import load_file, save_file
 
 from contrec_dist.config import Config
+from contrec_dist.data.catalog import Histories, load_items
 from contrec_dist.errors import ConfigError
 from contrec_dist.embeddings.collaborative import fit_lightgcn
 from contrec_dist.embeddings.textual import TextEncoder, join_item_text
@@ -113,16 +114,8 @@ def _build(config: Config, work_dir: Path) -> dict:
 
 def _read_catalog(folder: Path) -> tuple[pl.DataFrame, np.ndarray, int]:
     """Items, the training edges (M, 2) int64 of (user_idx, item_idx), and the number of users."""
-    items = pl.read_parquet(folder / "items.parquet")
-    num_users = pl.scan_parquet(folder / "users.parquet").select(pl.len()).collect().item()
-    return items, read_training_edges(folder / "histories.parquet"), num_users
-
-
-def read_training_edges(histories_path: Path) -> np.ndarray:
-    """(user_idx, item_idx) of items[:num_train] of every history. Shapes   -> (M, 2) int64"""
-    training = pl.col("items").list.head(pl.col("num_train"))
-    edges = pl.scan_parquet(histories_path).select("user_idx", training).filter(pl.col("items").list.len() > 0)
-    return edges.explode("items").collect().to_numpy().astype(np.int64).reshape(-1, 2)
+    histories = Histories.load(folder)
+    return load_items(folder), np.stack(histories.training_edges(), axis=1).astype(np.int64), histories.num_users
 
 
 def _mark_known(edges: np.ndarray, num_users: int, num_items: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ Two encoders behind one interface, `TextEncoder`:
 
 Guarantees   a saved encoder embeds new texts exactly as it embedded the catalogue; nothing is pickled; an empty text is
              the zero vector of the n-gram encoder.
-Cost         n-grams: about 0.4 ms a title on one core, the SVD is fitted on at most MAX_FIT_TEXTS texts; the saved
+Cost         n-grams: about 0.1 ms a title on one core; the SVD, on at most MAX_FIT_TEXTS texts, some seconds. The saved
              components take text_dim * num_hash_features * 4 bytes (32 MiB by default).
 """
 

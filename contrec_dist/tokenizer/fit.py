@@ -1,0 +1,64 @@
+"""Training of a sigma-VAE on a matrix of embeddings (stage tokenize).
+
+Guarantees   weights are a function of rows, config and seed; no other random state is read or changed.
+Cost         2000 steps of 512 rows, E = 192, K = 2, Z = 32, hidden 256: 20 ms a step, 40 s on one idle core.
+"""
+
+import numpy as np
+import torch
+
+from contrec_dist.config import TokenizerConfig
+from contrec_dist.errors import DataError
+from contrec_dist.progress import track
+from contrec_dist.tokenizer.sigma_vae import InputSpace, SigmaVAE
+
+WEIGHT_DECAY = 1e-4
+CLIP_NORM = 1.0
+CURVE_POINTS = 100
+
+
+def fit_tokenizer(rows: np.ndarray, config: TokenizerConfig, seed: int, *, num_steps: int, what: str) -> tuple[SigmaVAE, list[dict]]:
+    """Train a sigma-VAE on `rows` with AdamW, cosine to 0.
+
+    `what` names the rows in errors and progress. Returns the tokenizer in evaluation mode, and its loss curve: about
+    CURVE_POINTS records of {"step", "loss", "reconstruction", "kl", "decorrelation"}, each a mean since the last.
+    Shapes   rows: (n, E) float32
+    Errors   DataError for fewer than two rows, or values that are not finite
+    """
+    table = torch.from_numpy(_check_rows(rows, what))
+    space = InputSpace.fit(table, whiten=config.whiten, floor=config.whiten_floor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = SigmaVAE(table.shape[1], config, space)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=config.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    curve, sums, every = [], {}, max(1, num_steps // CURVE_POINTS)
+    for step in track(range(1, num_steps + 1), stage="tokenize", unit=f"{what} steps", total=num_steps):
+        batch = table[torch.randint(len(table), (config.batch_rows,), generator=generator)]  # (B, E)
+        losses = _take_step(tokenizer, batch, optimizer, generator)
+        schedule.step()
+        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
+        if step % every == 0:
+            curve.append({"step": step, **{name: round(value / every, 6) for name, value in sums.items()}})
+            sums = {}
+    return tokenizer.eval(), curve
+
+
+def _check_rows(rows: np.ndarray, what: str) -> np.ndarray:
+    if len(rows) < 2:
+        raise DataError(f"embeddings of {what}", f"{len(rows)} with training interactions", "at least 2 to learn from")
+    bad = ~np.isfinite(rows).all(axis=1)
+    if bad.any():
+        raise DataError(f"embeddings of {what}", f"{int(bad.sum())} rows that are not finite, first {int(bad.argmax())}", "finite")
+    return np.ascontiguousarray(rows, dtype=np.float32)
+
+
+def _take_step(tokenizer: SigmaVAE, batch: torch.Tensor, optimizer, generator) -> dict[str, float]:
+    """One optimizer step; the losses as numbers."""
+    losses = tokenizer.loss(batch, generator)
+    optimizer.zero_grad(set_to_none=True)
+    losses["loss"].backward()
+    torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), CLIP_NORM)
+    optimizer.step()
+    return {name: value.item() for name, value in losses.items()}

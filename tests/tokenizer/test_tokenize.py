@@ -1,0 +1,92 @@
+"""Stage tokenize on toy embeddings: what is written, and that what is read back is what was trained."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from contrec_dist.config import Config, TokenizerConfig
+from contrec_dist.errors import ArtifactError
+from contrec_dist.manifest import Manifest, run_stage
+from contrec_dist.tokenizer import tokenize
+from contrec_dist.tokenizer.fit import fit_tokenizer
+from contrec_dist.tokenizer.sigma_vae import SigmaVAE
+
+NUM_ITEMS, NUM_COLD, NUM_USERS = 60, 5, 30
+
+
+def write_inputs(config: Config, user_dim: int, items: np.ndarray, catalog_rows: int = NUM_ITEMS) -> None:
+    """catalog/ and embeddings/ as the stages before write them; the last NUM_COLD items have no training interactions."""
+
+    def build_catalog(_config, folder):
+        num_train = [3] * (catalog_rows - NUM_COLD) + [0] * NUM_COLD
+        pl.DataFrame({"item_idx": list(range(catalog_rows)), "num_train": num_train}).write_parquet(folder / "items.parquet")
+        return {}
+
+    def build_embeddings(_config, folder):
+        rng = np.random.default_rng(1)
+        np.save(folder / "items.npy", items)
+        np.save(folder / "users.npy", rng.normal(size=(NUM_USERS, user_dim)).astype(np.float32))
+        np.save(folder / "user_known.npy", np.arange(NUM_USERS) < NUM_USERS - 2)
+        return {}
+
+    run_stage(config, stage="prepare", folder="catalog", sections=(), inputs=(), build=build_catalog)
+    run_stage(config, stage="embed", folder="embeddings", sections=(), inputs=("catalog",), build=build_embeddings)
+
+
+def toy_items() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(NUM_ITEMS, 10)).astype(np.float32)
+
+
+def run_toy(tmp_path, name: str = "toy", user_dim: int = 4, items: np.ndarray | None = None, **extra) -> Config:
+    settings = TokenizerConfig(num_item_tokens=2, latent_dim=3, hidden_dim=8, num_steps=8, batch_rows=16, probe_rows=20)
+    config = Config(name=name, run_dir=str(tmp_path / name), tokenizer=settings)
+    write_inputs(config, user_dim, toy_items() if items is None else items, **extra)
+    tokenize.run(config)
+    return config
+
+
+def test_loaded_tokenizer_equals_the_trained_one(tmp_path):
+    config = run_toy(tmp_path)
+    loaded = SigmaVAE.load(config.folder("tokenizer"), tokenize.ITEM_TOKENIZER)
+    rows = toy_items()
+    trained, _ = fit_tokenizer(rows[:-NUM_COLD], config.tokenizer, config.seed, num_steps=8, what="item")
+    untrained = SigmaVAE(10, config.tokenizer)
+    with torch.no_grad():
+        latents = [vae.encode(torch.from_numpy(rows)) for vae in (loaded, trained, untrained)]
+    assert torch.equal(latents[0], latents[1]) and not torch.allclose(latents[0], latents[2])
+
+
+def test_items_without_training_interactions_do_not_reach_the_tokenizer(tmp_path):
+    other = toy_items()
+    other[-NUM_COLD:] = 100.0
+    files = [Manifest.load(run_toy(tmp_path, name, items=rows).folder("tokenizer")).files for name, rows in (("a", toy_items()), ("b", other))]
+    assert files[0]["item_tokenizer.safetensors"] == files[1]["item_tokenizer.safetensors"]
+    assert files[0]["probes.json"] == files[1]["probes.json"]
+
+
+def test_user_tokenizer_exists_exactly_when_users_have_embeddings(tmp_path):
+    with_users, without = run_toy(tmp_path, "a").folder("tokenizer"), run_toy(tmp_path, "b", user_dim=0).folder("tokenizer")
+    assert SigmaVAE.load(with_users, tokenize.USER_TOKENIZER).embedding_dim == 4
+    assert not (without / "user_tokenizer.json").exists() and (without / "item_tokenizer.json").exists()
+    assert Manifest.load(with_users).facts["training_users"] == NUM_USERS - 2
+
+
+def test_probes_and_losses_are_written(tmp_path):
+    folder = run_toy(tmp_path).folder("tokenizer")
+    probes, losses = (json.loads((folder / name).read_text()) for name in ("probes.json", "losses.json"))
+    assert [record["method"].split()[0] for record in probes["methods"]] == ["sigma-VAE", "RQ", "RQ", "PQ"]
+    assert probes["num_rows"] == NUM_ITEMS - NUM_COLD
+    assert len(losses["item_tokenizer"]) == 8 and losses["user_tokenizer"][-1]["step"] == 2
+
+
+def test_same_config_same_bytes(tmp_path):
+    first, second = (Manifest.load(run_toy(tmp_path, name).folder("tokenizer")).files for name in "ab")
+    assert first == second
+
+
+def test_embeddings_of_another_catalogue_are_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="items.npy"):
+        run_toy(tmp_path, catalog_rows=NUM_ITEMS + 1)
