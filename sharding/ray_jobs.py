@@ -10,7 +10,9 @@ Stage    precompute and score. How to use it:
 
     parts = [Part(name=f"{i:06d}.parquet", payload={"start": i * n, "stop": ...}) for i in ...]
     with ray_session(config.ray):
-        facts = run_parts(parts, Scorer, {"model_dir": ...}, output_folder=work, workers=config.ray, stage=..., unit=...)
+        facts = run_parts(
+            parts, Scorer, {"model_dir": ...}, output_folder=work, workers=config.ray, stage="score", unit="parts"
+        )
     remove_part_records(work)                         # when the stage has nothing left to do
 
 Promise  A part is a fixed range of the input under a fixed name. The worker writes it under a temporary name, fsyncs,
@@ -120,7 +122,7 @@ def run_parts(
     stage: str,
     unit: str,
 ) -> list[dict]:
-    """Make every part once, in worker processes that hold `worker_factory(**arguments)`; return facts in order of parts.
+    """Make every part once, in worker processes that hold `worker_factory(**arguments)`; facts in order of parts.
 
     Errors   PartError naming the part: its code raised, or its worker died more than MAX_WORKER_DEATHS times.
              ConfigError when two parts share a file. In both cases finished parts stay, for the next attempt.
@@ -251,7 +253,7 @@ def _worker_environment() -> dict[str, str]:
 
 
 def _finish_parts(parts: Sequence[Part], actors: list, workers: RayConfig, stage: str) -> Iterator[tuple[Part, dict]]:
-    """Yield (part, result) as they finish. A worker gets parts once its process is up, and new ones as it ends others."""
+    """Yield (part, result) as they finish. A worker gets parts once its process is up, then one for each it ends."""
     waiting, running = deque(parts), {}
     starting = {actor.ready.remote(): actor for actor in actors}
     while waiting or running:

@@ -5,7 +5,7 @@ Stage    precompute. One sample a user, members in this order, `key` = 12-digit 
              key.items.npy     (H,) int32, the whole history in time order
              key.latents.npy   (H, K, Z) float16, the continuous tokens of those items
 Promise  The bytes are a function of the samples alone: USTAR, owner 0, time 0, names zero-padded.
-Cost     About 0.1 ms of one core a sample; one sample in memory at a time.
+Cost     About 0.2 ms of one core a sample; one sample in memory at a time.
 """
 
 import io

@@ -3,9 +3,9 @@
 Writes   item_latents.npy (N, K, Z) float32, mu of every item as the tokenizer gives it; user_latents.npy (U, K, Z)
          float32 when there are user embeddings and a user tokenizer; latent_mean.npy and latent_std.npy (K, Z) float32
          over items with training interactions; shards/*.tar and index.parquet (see sharding/token_writer.py).
-Promise  Ranges of items and users are fixed by the config, and each is one exactly-once part (see sharding/ray_jobs.py):
+Promise  Ranges of items and users are fixed by the config, each is one exactly-once part (sharding/ray_jobs.py):
          the bytes depend neither on the number of workers nor on interruptions. Every value is finite.
-Cost     Memory of a process: one encoder batch range (items_per_part) or one shard (users_per_shard), plus the index
+Cost     Memory of a process: the latents of items_per_part items or the users of one shard, plus the index
          (88 bytes a user) at the end. The encoder runs at the speed of a plain torch loop of one thread a worker.
 """
 
@@ -16,7 +16,6 @@ from typing import Callable, Iterator
 
 import numpy as np
 import polars as pl
-import torch
 
 from contrec_dist.config import Config
 from contrec_dist.errors import ArtifactError
@@ -26,6 +25,7 @@ from sharding.token_writer import TokenSample, shard_name, write_shard
 
 STAGE = "precompute"
 INDEX_PARTS = ".index_parts"
+LATENT_PARTS = ".latent_parts"
 MIN_STD = 1e-6
 CHUNK_ROWS = 65536
 ROW_GROUP_ROWS = 262144
@@ -49,9 +49,7 @@ def _build(config: Config, work: Path) -> dict:
     num_users = _check_rows(config, "users")
     has_user_tokens = _has_user_tokens(config)
     with ray_session(config.ray):
-        _encode_table(config, work, "item", num_items)
-        if has_user_tokens:
-            _encode_table(config, work, "user", num_users)
+        _encode_tables(config, work, {"item": num_items, **({"user": num_users} if has_user_tokens else {})})
         _write_statistics(config, work)
         _write_shards(config, work, num_users)
     remove_part_records(work)
@@ -59,33 +57,49 @@ def _build(config: Config, work: Path) -> dict:
 
 
 class LatentEncoder:
-    """Ray worker: rows of an embedding table -> their latents (rows, K, Z) float32 in one .npy file."""
+    """Ray worker: rows of an embedding table -> their latents (rows, K, Z) float32 in one .npy file.
 
-    def __init__(self, embeddings_path: Path, tokenizer_folder: Path, tokenizer_name: str, batch_rows: int, device: str):
-        from contrec_dist.tokenizer.sigma_vae import SigmaVAE
+    `kind` of a payload is "item" or "user": {kind}s.npy is encoded with {kind}_tokenizer, loaded at its first part.
+    """
 
-        torch.set_num_threads(1)
-        self.tokenizer = SigmaVAE.load(tokenizer_folder, tokenizer_name).to(device).eval()
-        self.path, self.batch_rows, self.device = embeddings_path, batch_rows, device
-        self.embeddings = np.load(embeddings_path, mmap_mode="r")
+    def __init__(self, embeddings_folder: Path, tokenizer_folder: Path, batch_rows: int, device: str):
+        self.embeddings_folder, self.tokenizer_folder = embeddings_folder, tokenizer_folder
+        self.batch_rows, self.device = batch_rows, device
+        self.tokenizers = {}
 
     def process(self, payload: dict, path: Path) -> dict:
         """Encode rows start..stop in batches that begin at start, so the bits are the same on every worker."""
-        start, stop = payload["start"], payload["stop"]
-        batches = [self._encode(row, min(row + self.batch_rows, stop)) for row in range(start, stop, self.batch_rows)]
+        kind, start, stop = payload["kind"], payload["start"], payload["stop"]
+        if kind not in self.tokenizers:
+            self.tokenizers[kind] = self._load(kind)
+        firsts = range(start, stop, self.batch_rows)
+        batches = [self._encode(kind, first, min(first + self.batch_rows, stop)) for first in firsts]
         with open(path, "wb") as file:
             np.save(file, np.concatenate(batches))
         return {"rows": stop - start}
 
-    @torch.no_grad()
-    def _encode(self, start: int, stop: int) -> np.ndarray:
-        rows = torch.from_numpy(np.array(self.embeddings[start:stop], dtype=np.float32)).to(self.device)
-        latents = self.tokenizer.encode(rows).float()  # (B, E) -> (B, K, Z)
-        finite = torch.isfinite(latents).flatten(1).all(dim=1)
+    def _load(self, kind: str):
+        """The tokenizer. Imported here: this stage's other processes need no torch, which takes seconds to load."""
+        import torch
+
+        from contrec_dist.tokenizer.sigma_vae import SigmaVAE
+
+        torch.set_num_threads(1)
+        return SigmaVAE.load(self.tokenizer_folder, f"{kind}_tokenizer").to(self.device).eval()
+
+    def _encode(self, kind: str, start: int, stop: int) -> np.ndarray:
+        import torch
+
+        path = self.embeddings_folder / f"{kind}s.npy"
+        rows = np.array(np.load(path, mmap_mode="r")[start:stop], dtype=np.float32)
+        with torch.no_grad():
+            encoded = self.tokenizers[kind].encode(torch.from_numpy(rows).to(self.device))  # (B, E) -> (B, K, Z)
+        latents = encoded.float().cpu().numpy()
+        finite = np.isfinite(latents).all(axis=(1, 2))
         if not finite.all():
-            row = start + int(torch.argmin(finite.int()))
-            raise ArtifactError(self.path, f"row {row}, whose latents are not finite", "finite latents")
-        return latents.cpu().numpy()
+            got = f"row {start + np.argmin(finite)}, whose latents are not finite"
+            raise ArtifactError(path, got, "finite latents")
+        return latents
 
 
 class ShardWriter:
@@ -119,24 +133,27 @@ class ShardWriter:
             yield TokenSample(user_idx, user_items, table[rows], *positions)
 
 
-def _encode_table(config: Config, work: Path, kind: str, num_rows: int) -> None:
-    """Encode embeddings/{kind}s.npy into {kind}_latents.npy; the parts are removed once they are joined."""
-    target, parts_folder = work / f"{kind}_latents.npy", work / f".{kind}_parts"
-    if not target.is_file():
-        embeddings = config.folder("embeddings").absolute() / f"{kind}s.npy"
-        arguments = {
-            "embeddings_path": embeddings,
-            "tokenizer_folder": config.folder("tokenizer").absolute(),
-            "tokenizer_name": f"{kind}_tokenizer",
-            "batch_rows": config.precompute.batch_rows,
-            "device": "cuda" if config.ray.gpus_per_worker > 0 else "cpu",
-        }
-        ranges = _cut(num_rows, config.precompute.items_per_part)
-        parts = [Part(name=f"{i:06d}.npy", payload={"start": a, "stop": b}) for i, (a, b) in enumerate(ranges)]
-        workers, unit = config.ray, f"{kind} parts"
-        run_parts(parts, LatentEncoder, arguments, output_folder=parts_folder, workers=workers, stage=STAGE, unit=unit)
-        _join_arrays([parts_folder / part.name for part in parts], target, num_rows)
-    shutil.rmtree(parts_folder, ignore_errors=True)
+def _encode_tables(config: Config, work: Path, num_rows: dict[str, int]) -> None:
+    """Encode embeddings/{kind}s.npy into {kind}_latents.npy; a kind's parts are removed once they are joined."""
+    missing = [kind for kind in num_rows if not (work / f"{kind}_latents.npy").is_file()]
+    parts = {kind: _cut_table(kind, num_rows[kind], config.precompute.items_per_part) for kind in missing}
+    arguments = {
+        "embeddings_folder": config.folder("embeddings").absolute(),
+        "tokenizer_folder": config.folder("tokenizer").absolute(),
+        "batch_rows": config.precompute.batch_rows,
+        "device": "cuda" if config.ray.gpus_per_worker > 0 else "cpu",
+    }
+    all_parts, folder, workers = sum(parts.values(), []), work / LATENT_PARTS, config.ray
+    run_parts(all_parts, LatentEncoder, arguments, output_folder=folder, workers=workers, stage=STAGE, unit="parts")
+    for kind in missing:
+        _join_arrays([folder / part.name for part in parts[kind]], work / f"{kind}_latents.npy", num_rows[kind])
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cut_table(kind: str, num_rows: int, rows_per_part: int) -> list[Part]:
+    """Parts of an embedding table."""
+    ranges = enumerate(_cut(num_rows, rows_per_part))
+    return [Part(name=f"{kind}/{i:06d}.npy", payload={"kind": kind, "start": a, "stop": b}) for i, (a, b) in ranges]
 
 
 def _join_arrays(paths: list[Path], target: Path, num_rows: int) -> None:
@@ -227,7 +244,8 @@ def _check_histories(path: Path, histories: pl.DataFrame, payload: dict, num_ite
     """The rows must be those users', their items in the catalogue, their positions in the history."""
     expected = pl.arange(payload["start"], payload["stop"], eager=True)
     if not histories["user_idx"].equals(expected, check_dtypes=False):
-        raise ArtifactError(path, f"other users in rows {payload['start']}..{payload['stop'] - 1}", "user_idx = row number")
+        got = f"other users in rows {payload['start']}..{payload['stop'] - 1}"
+        raise ArtifactError(path, got, "user_idx = row number")
     length = pl.col("items").list.len().cast(pl.Int64)
     known = pl.col("items").list.eval(pl.element().is_between(0, num_items - 1)).list.all()
     positions = [pl.col(name).is_between(-1, length - 1) for name in ("validation_pos", "test_pos")]

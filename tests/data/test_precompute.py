@@ -174,7 +174,7 @@ def test_killed_at_several_points_and_run_again_gives_the_same_bytes(undisturbed
     write_inputs(config, user_width=USER_WIDTH)
     settings = [f"precompute.{name}={getattr(LAYOUT, name)}" for name in LAYOUT.__slots__]
     arguments = ["name=toy", f"run_dir={tmp_path}", "ray.object_store_bytes=80000000", *settings]
-    for num_parts in (2, 10):  # among the 3 item parts; then among the shards, after item and user parts
+    for num_parts in (2, 10):  # among the 6 parts of latents; then among the shards
         command = [sys.executable, "-c", KILLED_RUN, str(num_parts), *arguments]
         killed = subprocess.run(command, cwd=ROOT, start_new_session=True, capture_output=True, timeout=120)
         assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
@@ -199,16 +199,16 @@ def test_without_user_embeddings_or_trained_items_the_rest_is_there(tmp_path, ra
 def test_embedding_that_is_not_finite_is_named(tmp_path):
     config = make_config(tmp_path)
     write_inputs(config, bad_row=13)
-    embeddings = config.folder("embeddings") / "items.npy"
-    encoder = LatentEncoder(embeddings, config.folder("tokenizer"), "item_tokenizer", batch_rows=8, device="cpu")
+    encoder = LatentEncoder(config.folder("embeddings"), config.folder("tokenizer"), batch_rows=8, device="cpu")
     with pytest.raises(ArtifactError, match="items.npy: got row 13.*not finite"):
-        encoder.process({"start": 10, "stop": 20}, tmp_path / "part.npy")
+        encoder.process({"kind": "item", "start": 10, "stop": 20}, tmp_path / "part.npy")
 
 
-@pytest.mark.parametrize("change", [{"items": [1, NUM_ITEMS]}, {"items": [1, -1]}, {"test_pos": 8}, {"num_train": None}])
-def test_history_that_cannot_be_is_named(tmp_path, change):
+@pytest.mark.parametrize(
+    "name, value", [("items", [1, NUM_ITEMS]), ("items", [1, -1]), ("test_pos", 8), ("num_train", None)]
+)
+def test_history_that_cannot_be_is_named(tmp_path, name, value):
     config = make_config(tmp_path)
-    name, value = next(iter(change.items()))
     changed = pl.when(pl.col("user_idx") == 6).then(pl.lit(value)).otherwise(name).alias(name)
     write_inputs(config, histories=make_histories().with_columns(changed))
     latents_path = tmp_path / "item_latents.npy"
