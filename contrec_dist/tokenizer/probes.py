@@ -149,8 +149,13 @@ def _tokens_of_vae(tokenizer: SigmaVAE, rows: np.ndarray, config: TokenizerConfi
 def _tokens_of_codes(tokenizer: SigmaVAE, quantized: Quantized) -> Tokens:
     decoded = _in_chunks(tokenizer.from_space, quantized.reconstruction)
     return Tokens(
-        method=quantized.name, bits=quantized.bits, latents=decoded, codes=quantized.codes, decoded=decoded, decoded_input=quantized.reconstruction
-    )  # fmt: skip
+        method=quantized.name,
+        bits=quantized.bits,
+        latents=decoded,
+        codes=quantized.codes,
+        decoded=decoded,
+        decoded_input=quantized.reconstruction,
+    )
 
 
 def _in_chunks(function, rows: np.ndarray) -> np.ndarray:

@@ -20,8 +20,11 @@ ITEM_FILES = ("items.npy", "users.npy", "user_known.npy", "standardisation.safet
 def toy_histories(held_out_seed: int = 0) -> list[list[int]]:
     """Histories of 5; the training part is always the same, the last two depend on the seed."""
     training, held_out = np.random.default_rng(7), np.random.default_rng(held_out_seed)
-    rows = [[*training.choice(6, 3, replace=False) + 5 * (user % 2), *held_out.choice(COLD_ITEM, 2, replace=False)] for user in range(NUM_USERS)]
-    return [[int(item) for item in row] for row in rows] + [[1]]  # the last user is short and all of it is training
+    rows = []
+    for user in range(NUM_USERS):
+        row = [*training.choice(6, 3, replace=False) + 5 * (user % 2), *held_out.choice(COLD_ITEM, 2, replace=False)]
+        rows.append([int(item) for item in row])
+    return [*rows, [1]]  # the last user is short and all of it is training
 
 
 def write_catalog(config: Config, histories: list[list[int]], titles: list[str] | None = None) -> None:
@@ -68,7 +71,8 @@ def test_validation_and_test_items_do_not_reach_the_embedding(tmp_path):
 def test_a_changed_training_item_does_reach_the_embedding(tmp_path):
     histories = toy_histories()
     changed = [[(items[0] + 1) % COLD_ITEM, *items[1:]] for items in histories]
-    arrays = [np.load(run_toy(tmp_path, name, rows).folder("embeddings") / "items.npy") for name, rows in (("a", histories), ("b", changed))]
+    configs = [run_toy(tmp_path, name, rows) for name, rows in (("a", histories), ("b", changed))]
+    arrays = [np.load(config.folder("embeddings") / "items.npy") for config in configs]
     assert not np.array_equal(*arrays)
 
 

@@ -62,7 +62,8 @@ def test_loaded_tokenizer_equals_the_trained_one(tmp_path):
 def test_items_without_training_interactions_do_not_reach_the_tokenizer(tmp_path):
     other = toy_items()
     other[-NUM_COLD:] = 100.0
-    files = [Manifest.load(run_toy(tmp_path, name, items=rows).folder("tokenizer")).files for name, rows in (("a", toy_items()), ("b", other))]
+    configs = [run_toy(tmp_path, name, items=rows) for name, rows in (("a", toy_items()), ("b", other))]
+    files = [Manifest.load(config.folder("tokenizer")).files for config in configs]
     assert files[0]["item_tokenizer.safetensors"] == files[1]["item_tokenizer.safetensors"]
     assert files[0]["probes.json"] == files[1]["probes.json"]
 
