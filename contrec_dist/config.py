@@ -142,7 +142,7 @@ class TokenizerConfig:
     "whiten the embeddings in front of the encoders"
     whiten_floor: float = 1.0
     "variances below this share of the mean variance are not raised to 1 by the whitening"
-    decode_from: Literal["mean", "concat"] = "mean"
+    decode_from: Literal["mean", "concat"] = "concat"
     "what the decoder sees: the mean of the K tokens, or all of them side by side"
     mask_ratio: float = 0.1
     "share of input dimensions masked anew for every sample (0: off)"

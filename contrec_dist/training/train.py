@@ -232,11 +232,9 @@ def gather_state(model: torch.nn.Module, *, partitioned: bool) -> dict[str, torc
             if first:
                 state[name] = parameter.detach().cpu().clone()
     if first:
-        state |= {name: value.detach().cpu().clone() for name, value in model.named_buffers()}
-        tied = getattr(model.backbone, "_tied_weights_keys", None) or {}
-        for name in tied:
-            state.setdefault(f"backbone.{name}", state.get(f"backbone.{dict(tied)[name]}") if isinstance(tied, dict) else None)
-    return {name: value for name, value in state.items() if value is not None}
+        saved = model.state_dict().keys()
+        state |= {name: value.detach().cpu().clone() for name, value in model.named_buffers() if name in saved}
+    return state
 
 
 def write_retrieval_inputs(config: Config, work: Path) -> None:

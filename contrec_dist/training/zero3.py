@@ -31,6 +31,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
     section = {
         "stage": zero.stage,
         "overlap_comm": torch.cuda.is_available(),
+        "memory_efficient_linear": False,  # its Python autograd function costs more than it saves here
         "contiguous_gradients": True,
         "reduce_bucket_size": zero.bucket_elements,
     }
