@@ -34,11 +34,11 @@ def test_every_file_beside_the_modules_is_installed():
         assert any(path.match(pattern) for pattern in data.get(package, "").split()), f"{path} is not installed"
 
 
-def test_no_extra_brings_both_faiss_packages():
+def test_faiss_cpu_comes_with_every_installation_and_no_extra_adds_the_gpu_build():
     setup = read_setup()
-    assert "faiss" not in setup["options"]["install_requires"].replace("# FAISS", "")
+    assert "faiss-cpu" in setup["options"]["install_requires"]
     for extra, packages in setup["options.extras_require"].items():
-        assert not ("faiss-cpu" in packages and "faiss-gpu" in packages), extra
+        assert "faiss-gpu" not in packages, extra
 
 
 @pytest.mark.parametrize("name", ["rayjob_precompute.yaml", "rayjob_score.yaml"])
