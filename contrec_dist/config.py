@@ -240,8 +240,8 @@ class BackboneConfig:
     "the small one"
     lora: LoraConfig = field(default_factory=LoraConfig)
     "adapters"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    "attention kernel"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    "attention kernel; packed rows need a mask, which flash_attention_2 does not take"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     "dtype of matrix products; weights, losses and sampler stay fp32. auto: bf16 where hardware has it"
     activation_checkpointing: bool = False

@@ -47,7 +47,7 @@ class TrainingRows:
         self.sample_user, self.sample_start, self.sample_stop = cut_windows(
             reader.num_train, config.prompt.max_history
         )
-        self._shard_order = reader.shard[self.sample_user]
+        self._sample_shard = reader.shard[self.sample_user]
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch. Errors   ConfigError when a sample does not fit train.row_tokens."""
@@ -59,12 +59,17 @@ class TrainingRows:
             raise ConfigError("train.row_tokens", train.row_tokens, f"at least {lengths.max()}, the longest sample")
         rows: list[np.ndarray] = []
         for shards in shuffle_windows(self.reader.num_shards, train.shuffle_shards, self.config.seed, epoch):
-            samples = rng.permutation(np.nonzero(np.isin(self._shard_order, shards))[0])
+            samples = rng.permutation(self._samples_of(shards))
             packed = [samples[row] for row in pack_rows(lengths[samples], train.row_tokens)]
             rows.extend(packed[place] for place in rng.permutation(len(packed)))
         return EpochPlan(
             self.sample_user, self.sample_start, self.sample_stop, term, brand, rows, int(lengths.sum())
         )
+
+    def _samples_of(self, shards: np.ndarray) -> np.ndarray:
+        """Samples of some shards, in order; samples are sorted by user, hence by shard."""
+        first, end = np.searchsorted(self._sample_shard, np.sort(shards)), np.searchsorted(self._sample_shard, np.sort(shards) + 1)
+        return np.concatenate([np.arange(*span) for span in zip(first, end)])
 
     def build(self, plan: EpochPlan, row_numbers: np.ndarray, num_rows: int) -> PackedBatch:
         """Tensors of the given rows of a plan, filled up with empty rows to num_rows."""

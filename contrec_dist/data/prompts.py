@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from contrec_dist.config import PromptConfig
+from contrec_dist.errors import ConfigError
 
 LEANING_ITEMS = 10
 RESPONSE_TEXTS = (" The user leans to ", ", brand ", ".")
@@ -52,6 +53,8 @@ class PromptTexts:
     """
 
     def __init__(self, items: pl.DataFrame, tokenizer, config: PromptConfig):
+        if config.max_response_tokens < 1:
+            raise ConfigError("prompt.max_response_tokens", config.max_response_tokens, "at least 1, the end token")
         self.config = config
         self.end_token = int(tokenizer.eos_token_id)
         encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
@@ -116,7 +119,7 @@ class SampleLayout:
     tokens: np.ndarray
     "(length,) text token numbers, 0 where something continuous stands"
     markers: np.ndarray
-    "positions of `<item>`, oldest first; the last one is the final target's when has_target"
+    "positions of `<item>`, oldest first; the last one is the final target's where there is a final marker"
     slots: np.ndarray
     "(items, K) positions of the items' continuous tokens"
     user_slots: np.ndarray

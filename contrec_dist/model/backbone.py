@@ -45,7 +45,7 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
 
 
 def load_text_tokenizer(folder: str | Path):
-    """The tokenizer that lies beside a model; padding falls back to the end token."""
+    """The tokenizer that lies beside a model. Errors   ConfigError when it has no end token."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ConfigError("backbone.path", str(folder), "a model whose tokenizer has an end-of-text token")
@@ -53,7 +53,12 @@ def load_text_tokenizer(folder: str | Path):
 
 
 def load_backbone(config: BackboneConfig, vocab_size: int) -> nn.Module:
-    """The causal LM of the config in fp32, with adapters where asked; from `path`, or from scratch by `shape`."""
+    """The causal LM of the config in fp32, with adapters where asked; from `path`, or from scratch by `shape`.
+
+    Errors   ConfigError for adapters without `path`: a base of random weights would be frozen, and is not exported
+    """
+    if config.lora.rank and not config.path:
+        raise ConfigError("backbone.lora.rank", config.lora.rank, "0 where backbone.path is empty: adapters need a trained base")
     if config.path:
         model = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=torch.float32, attn_implementation=config.attention

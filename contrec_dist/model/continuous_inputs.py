@@ -14,6 +14,7 @@ MARKER_ITEM, MARKER_USER = 0, 1
 class ItemTable(nn.Module):
     """Vectors and biases of the catalogue.
 
+    An item_idx past the catalogue is an item that joined after training: no residual, and the lowest bias there is.
     Shapes   latents: (n, K*Z) normalised, item_idx: (n,) -> vectors (n, Q), bias (n,)
     """
 
@@ -30,10 +31,18 @@ class ItemTable(nn.Module):
             self.bias.weight.copy_(log_popularity[:, None])
 
     def forward(self, latents: Tensor, item_idx: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training and (item_idx >= self.bias.num_embeddings).any():
+            return self._describe_with_new(latents, item_idx)
         vectors = self.project(latents)
         if self.residual is not None:
             vectors = vectors + self.residual(item_idx)
         return vectors, self.bias(item_idx)[:, 0]
+
+    def _describe_with_new(self, latents: Tensor, item_idx: Tensor) -> tuple[Tensor, Tensor]:
+        new = item_idx >= self.bias.num_embeddings
+        vectors, bias = self(latents, item_idx.masked_fill(new, 0))
+        vectors = torch.where(new[:, None], self.project(latents), vectors)
+        return vectors, bias.masked_fill(new, float(self.bias.weight.detach().min()))
 
 
 class ContinuousInputs(nn.Module):

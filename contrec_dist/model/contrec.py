@@ -5,6 +5,7 @@ engine partitions and trains them together. `model` knows no files but its own e
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,16 @@ class ContRec(nn.Module):
         self.head = DiffusionHead(head, condition_width=width, latent_width=num_tokens * latent_dim)
         self.average = HeadAverage(dict(self.head.named_parameters()), head.ema_decay) if head.ema_decay else None
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, item_latents: Tensor | None = None) -> "ContRec":
+        """The exported model, in eval mode on the CPU; load_export gives its text tokenizer too.
+
+        Errors   ArtifactError naming the file that is missing or does not fit
+        """
+        from contrec_dist.model.export import load_export  # which builds a ContRec
+
+        return load_export(folder, item_latents=item_latents)[0]
+
     # -- training ------------------------------------------------------------------------------------------------
 
     def forward(self, batch: PackedBatch, seed: int) -> dict[str, Tensor]:
@@ -95,7 +106,7 @@ class ContRec(nn.Module):
             head_losses = self.head.losses(
                 condition[chosen], target_latents[chosen].flatten(1), self.loss_config.dispersive_tau, generator
             )
-            logits = causal_lm(self.backbone).lm_head(hidden[batch.text_positions]).float()
+            logits = causal_lm(self.backbone).get_output_embeddings()(hidden[batch.text_positions]).float()
             return {
                 "lm": functional.cross_entropy(logits, batch.text_labels, reduction="sum"),
                 "negative": table.cross_entropy(query, batch.target_idx, self.num_items),
@@ -125,9 +136,9 @@ class ContRec(nn.Module):
         num_rows, row_tokens, width = embeddings.shape
         embeddings = self._insert(
             embeddings.flatten(0, 1), batch.slots, self.inputs.embed_items(latents, vectors), batch.markers,
-            batch.user_slots, batch.user_latents,
+            batch.user_slots, self.normalise(batch.user_latents),
         )  # fmt: skip
-        hidden = causal_lm(self.backbone).model(
+        hidden = causal_lm(self.backbone).base_model(
             inputs_embeds=embeddings.view(num_rows, row_tokens, width),
             attention_mask=self._packed_mask(batch.segments),
             position_ids=batch.places,

@@ -134,7 +134,3 @@ class HeadAverage(nn.Module):
         decay = min(self.decay, (1 + count) / (10 + count))
         for name, value in parameters.items():
             getattr(self, self._buffer_name(name)).lerp_(value.detach().float(), 1 - decay)
-
-    def averaged(self) -> dict[str, Tensor]:
-        """Parameter-name pieces to averaged values; names have '__' where the head has '.'."""
-        return {name: value for name, value in self.named_buffers() if name != "num_updates"}

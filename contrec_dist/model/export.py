@@ -66,7 +66,7 @@ def _with_average(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Everything but the backbone, the head's parameters replaced by their moving average."""
     head = {}
     for name, value in state.items():
-        if name.startswith((BACKBONE_PREFIX, "average.")) or name.startswith("head.schedule."):
+        if name.startswith((BACKBONE_PREFIX, "average.")):
             continue
         average = "average." + name.removeprefix("head.").replace(".", "__")
         head[name] = state[average] if name.startswith("head.") and average in state else value
@@ -121,7 +121,7 @@ def load_export(folder: str | Path, *, item_latents: Tensor | None = None):
         user_tokens=described["user_tokens"],
     )
     missing, unexpected = model.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
-    missing = [name for name in missing if not name.startswith((BACKBONE_PREFIX, "head.schedule."))]
+    missing = [name for name in missing if not name.startswith(BACKBONE_PREFIX)]
     if missing or unexpected:
         raise ArtifactError(folder / "head.safetensors", f"missing {missing}, unknown {unexpected}", "the model's weights")
     return model.eval(), tokenizer

@@ -58,9 +58,11 @@ class HistoryReader:
         last = self._forward(embeddings, real, cache)[:, -1]  # (B, D)
         written = torch.zeros(len(last), 0, dtype=torch.int64, device=self.device)
         open_rows = torch.ones(len(last), dtype=torch.bool, device=self.device)
-        for _ in range(self.texts.config.max_response_tokens):
-            token = lm.lm_head(last).float().argmax(-1)  # (B,)
-            token = torch.where(open_rows, token, self.texts.end_token)
+        last_place = self.texts.config.max_response_tokens - 1
+        for place in range(last_place + 1):
+            token = lm.get_output_embeddings()(last).float().argmax(-1)  # (B,)
+            # Every response of the training ends with the end token, a cut one too.
+            token = torch.where(open_rows & (place < last_place), token, self.texts.end_token)
             written = torch.cat([written, token[:, None]], dim=1)
             real = torch.cat([real, open_rows[:, None]], dim=1)
             last = self._forward(lm.get_input_embeddings()(token)[:, None], real, cache)[:, -1]
@@ -116,7 +118,7 @@ class HistoryReader:
         columns = torch.arange(total, device=self.device)[None]
         # A padded position looks at itself, so that no row of the mask is empty.
         allowed = ((columns <= rows) & real[:, None, :]) | (columns == rows)  # (B, new, total)
-        return causal_lm(self.model.backbone).model(
+        return causal_lm(self.model.backbone).base_model(
             inputs_embeds=embeddings,
             attention_mask=self.model._as_mask(allowed[:, None]),
             position_ids=places[:, total - new :],

@@ -1,5 +1,7 @@
 """The losses that are ours: dispersive and negative. Sums and counts are left to the caller's normalisation."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,11 +19,10 @@ def dispersive_loss(activation: Tensor, tau: float) -> Tensor:
     """
     if activation.shape[0] == 0:
         return activation.float().sum()
-    h = functional.layer_norm(activation.float(), activation.shape[-1:])
-    squared = _squared_distances(h)
-    return torch.logsumexp((-squared / (h.shape[-1] * tau)).flatten(), dim=0) - 2 * torch.log(
-        torch.tensor(float(h.shape[0]), device=h.device)
-    )
+    with torch.autocast(activation.device.type, enabled=False):  # distances of bf16 products would mostly be rounding
+        h = functional.layer_norm(activation.float(), activation.shape[-1:])
+        squared = _squared_distances(h)
+    return torch.logsumexp((-squared / (h.shape[-1] * tau)).flatten(), dim=0) - 2 * math.log(len(h))
 
 
 def _squared_distances(h: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def sampled_cross_entropy(
              negative_idx (C,) -> ()
     """
     own = (query * positive).sum(-1).float() + positive_bias.float()  # (B,)
-    correction = torch.log(torch.tensor(num_items / max(len(negative_idx), 1), device=query.device))
+    correction = math.log(num_items / max(len(negative_idx), 1))
     others = (query @ negatives.T + negative_bias).float() + correction  # (B, C)
     others = others.masked_fill(target[:, None] == negative_idx[None, :], float("-inf"))
     return (torch.logsumexp(torch.cat([own[:, None], others], dim=1), dim=1) - own).sum()

@@ -19,12 +19,12 @@ import polars as pl
 import torch
 
 from contrec_dist.config import Config, ScoreConfig
-from contrec_dist.embeddings.textual import TextEncoder, join_item_text
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import Manifest, run_stage
 from contrec_dist.model.export import load_export
 from contrec_dist.progress import get_logger
 from contrec_dist.retrieval.ranking import combine_text, fuse_samples, mask_seen, search_unseen
+from contrec_dist.retrieval.text_similarity import TextSimilarity
 from contrec_dist.retrieval.user_views import UserViews
 from sharding.faiss_shards import FaissShards
 from sharding.partition import part_ranges
@@ -73,6 +73,11 @@ def check_pairing(config: Config) -> None:
             raise ArtifactError(config.folder(reader), f"made from {written} {made_from[:16]}", f"{written} {there[:16]}")
 
 
+def scoring_device(config: Config) -> torch.device:
+    """A GPU where the workers reserve one (ray.gpus_per_worker) and torch sees it, else the CPU."""
+    return torch.device("cuda" if config.ray.gpus_per_worker and torch.cuda.is_available() else "cpu")
+
+
 class CandidateWriter:
     """Ray worker: a range of users of one split -> their candidates, scores and reasons, one row a user."""
 
@@ -81,11 +86,9 @@ class CandidateWriter:
         torch.manual_seed(config.seed)
         self.config = config
         model, tokenizer = load_export(config.folder("model"))
-        self.views = UserViews.open(config, model, tokenizer)
+        self.views = UserViews.open(config, model.to(scoring_device(config)), tokenizer)
         self.retriever = Retriever.open(config)
-        self.encoder = TextEncoder.load(config.folder("embeddings") / "text_encoder")
-        items = pl.read_parquet(config.folder("catalog") / "items.parquet")
-        self.item_texts = [join_item_text(*row) for row in items.select("title", "category", "brand", "text").rows()]
+        self.texts = TextSimilarity.open(config.folder("embeddings"))
 
     def process(self, payload: dict, path: Path) -> dict:
         split = payload["split"]
@@ -98,20 +101,10 @@ class CandidateWriter:
             found = self.retriever.find(self.views, reading.condition, seen, seed=payload["start"])
             frame["reason"] = reading.reasons
             for view, (scores, item_idx) in found.items():
-                texts = self._text_scores(reading.reasons, item_idx)
+                texts = self.texts.scores(reading.reasons, item_idx)
                 frame |= {f"{view}_items": item_idx, f"{view}_scores": scores, f"{view}_texts": texts}
         pl.DataFrame(frame).write_parquet(path)
         return {"rows": len(users)}
-
-    def _text_scores(self, reasons: list[str], item_idx: np.ndarray) -> np.ndarray:
-        """Cosine of each reason's and each candidate's text embedding, 0 where there is no text. (B, C) float32"""
-        wanted, place = np.unique(item_idx, return_inverse=True)
-        texts = _unit_rows(self.encoder.encode([self.item_texts[item] if item >= 0 else "" for item in wanted]))
-        unique_reasons, reason_place = np.unique(np.array(reasons, dtype=object).astype(str), return_inverse=True)
-        spoken = _unit_rows(self.encoder.encode(list(unique_reasons)))
-        spoken[unique_reasons == ""] = 0.0
-        vectors = texts[place.reshape(item_idx.shape)]  # (B, C, E)
-        return np.einsum("bce,be->bc", vectors, spoken[reason_place]).astype(np.float32)
 
 
 @dataclass
@@ -138,7 +131,7 @@ class Retriever:
         flat = np.concatenate(seen).astype(np.int64)
         offsets = np.concatenate([[0], np.cumsum([len(one) for one in seen])]).astype(np.int64)
         if self.score.rank_by == "query":
-            queries = views.queries(condition).numpy()
+            queries = views.queries(condition).cpu().numpy()
             kept = self.shards.search(queries, count)
             return {"masked": search_unseen(self.shards.search, queries, count, flat, offsets), "kept": kept}
         scores, item_idx = self.fuse(views, condition, count + int(np.diff(offsets).max(initial=0)), seed)
@@ -155,7 +148,7 @@ class Retriever:
             num_steps=self.score.num_sampling_steps,
             solver=self.score.solver,
             guidance=self.score.guidance,
-            generator=torch.Generator(condition.device).manual_seed(self.seed * 1_000_003 + seed),
+            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + seed),
         )
         scores, item_idx = self.shards.search(samples.cpu().numpy(), self.score.num_candidates)
         shape = (draws, len(condition), self.score.num_candidates)
@@ -274,10 +267,6 @@ def sampler_curve(config: Config, steps: list[int], num_users: int) -> dict[int,
         _, item_idx = retriever.find(views, condition, seen, seed=0)["masked"]
         curve[count] = {"hr@10": float((item_idx[:, :10] == target[:, None]).any(axis=1).mean())}
     return curve
-
-
-def _unit_rows(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _empty_recommendations() -> pl.DataFrame:

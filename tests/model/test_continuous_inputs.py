@@ -1,0 +1,71 @@
+"""model/continuous_inputs.py: what an item's tokens are made of."""
+
+import pytest
+import torch
+
+from contrec_dist.model.continuous_inputs import MARKER_ITEM, MARKER_USER, ContinuousInputs, ItemTable
+
+N, K, Z, Q, WIDTH = 9, 3, 2, 4, 8
+
+
+def make_table(residual=True) -> ItemTable:
+    torch.manual_seed(0)
+    return ItemTable(
+        num_items=N, latent_width=K * Z, query_dim=Q, residual=residual, log_popularity=torch.linspace(-2, 0, N)
+    )
+
+
+def make_inputs(user_dim=Z, dropout=0.0) -> ContinuousInputs:
+    torch.manual_seed(1)
+    return ContinuousInputs(
+        num_item_tokens=K, latent_dim=Z, query_dim=Q, user_dim=user_dim, width=WIDTH, dropout=dropout
+    )
+
+
+def test_an_item_vector_is_its_latents_projected_plus_its_residual():
+    table, latents, rows = make_table(), torch.randn(4, K * Z), torch.tensor([3, 0, 8, 3])
+    vectors, bias = table(latents, rows)
+    torch.testing.assert_close(vectors, table.project(latents) + table.residual.weight[rows])
+    torch.testing.assert_close(bias, torch.linspace(-2, 0, N)[rows])
+    without, _ = make_table(residual=False)(latents, rows)
+    torch.testing.assert_close(without, make_table(residual=False).project(latents))
+
+
+def test_an_item_that_joins_later_has_no_residual_and_the_lowest_bias():
+    table, latents = make_table().eval(), torch.randn(3, K * Z)
+    vectors, bias = table(latents, torch.tensor([2, N, N + 1000]))
+    torch.testing.assert_close(vectors[0], table(latents[:1], torch.tensor([2]))[0][0])
+    torch.testing.assert_close(vectors[1:], table.project(latents[1:]))
+    assert bias[1:].tolist() == [-2.0, -2.0]
+
+
+def test_training_refuses_items_outside_the_catalogue():
+    with pytest.raises(IndexError):
+        make_table().train()(torch.randn(1, K * Z), torch.tensor([N]))
+
+
+def test_tokens_of_an_item_are_its_projected_latents_and_the_last_carries_its_vector():
+    inputs, latents, vectors = make_inputs(), torch.randn(5, K, Z), torch.randn(5, Q)
+    tokens = inputs.embed_items(latents, vectors)
+    plain = inputs.project(latents) + inputs.slots.weight
+    torch.testing.assert_close(tokens[:, :-1], plain[:, :-1])
+    torch.testing.assert_close(tokens[:, -1], plain[:, -1] + inputs.join_vector(vectors))
+
+
+def test_the_k_tokens_of_an_item_are_told_apart_by_their_slot():
+    tokens = make_inputs().embed_items(torch.ones(1, K, Z), torch.zeros(1, Q))[0]
+    assert torch.pdist(tokens).min() > 0.01
+
+
+def test_markers_of_items_and_users_differ_and_users_need_a_projection():
+    inputs = make_inputs()
+    item, user = inputs.embed_marker(MARKER_ITEM, 2), inputs.embed_marker(MARKER_USER, 1)
+    assert item.shape == (2, WIDTH) and (item[0] - user[0]).abs().max() > 0.01
+    assert inputs.embed_users(torch.randn(2, K, Z)).shape == (2, K, WIDTH)
+    assert make_inputs(user_dim=0).project_user is None
+
+
+def test_dropout_acts_in_training_only():
+    inputs, latents, vectors = make_inputs(dropout=0.5), torch.randn(5, K, Z), torch.randn(5, Q)
+    assert (inputs.train().embed_items(latents, vectors) == 0).any()
+    assert not (inputs.eval().embed_items(latents, vectors) == 0).any()
