@@ -6,28 +6,45 @@
 """
 
 import argparse
+import os
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def main() -> int:
-    from contrec_dist.config import load_config
-    from contrec_dist.errors import ContRecError
-    from contrec_dist.progress import get_logger
-    from contrec_dist.training.loop import Interrupted
-    from contrec_dist.training.train import run_rank
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 trained, or stopped with a checkpoint in place; 1 a named error."""
+    from contrec_dist.training.starter import stop_with_starter
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    parsed = parser.parse_args(arguments)
+    stop_with_starter()
+    return train_rank(parsed.config, parsed.overrides)
+
+
+def train_rank(files: list[str], overrides: list[str]) -> int:
+    """Train with what the files and key=value arguments say; errors go to the log."""
+    from contrec_dist.config import load_config
+    from contrec_dist.errors import ContRecError
+    from contrec_dist.progress import get_logger
+
+    # DeepSpeed still calls collectives by the names that torch has renamed: two lines a rank that nobody can act on.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     try:
-        run_rank(load_config(arguments.config, arguments.overrides))
-    except Interrupted as stopped:
-        get_logger("train").warning("%s", stopped)
+        config = load_config(files, overrides)
+
+        from contrec_dist.training.loop import Interrupted
+        from contrec_dist.training.rank import run_rank
+
+        try:
+            run_rank(config)
+        except Interrupted as stopped:
+            get_logger("train").warning("%s", stopped)
     except ContRecError as error:
         get_logger("train").error("%s", error)
         return 1
@@ -35,4 +52,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch and DeepSpeed apart, module by module, would hold every rank for seconds

@@ -34,10 +34,11 @@ class TrainingPosition:
 
 
 def save_checkpoint(engine, folder: Path, position: TrainingPosition, keep_last_n: int) -> None:
-    """Write `folder/step-XXXXXXXX` on all ranks together, then drop all but the newest keep_last_n."""
+    """Write `folder/step-XXXXXXXX` on all ranks together, then drop all but the newest keep_last_n.
+
+    A checkpoint of a later step can only be one that did not verify when this run was resumed: it is dropped too.
+    """
     target = folder / f"step-{position.step:08d}"
-    if (target / COMPLETE_NAME).is_file():
-        return
     work = folder / f".{target.name}.partial"
     if dist.get_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
@@ -49,8 +50,10 @@ def save_checkpoint(engine, folder: Path, position: TrainingPosition, keep_last_
         _complete(work, position)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(work, target)
-        for old in _checkpoints(folder)[keep_last_n:]:
-            shutil.rmtree(old)
+        checkpoints = _checkpoints(folder)
+        newest = checkpoints.index(target)
+        for dropped in checkpoints[:newest] + checkpoints[newest + keep_last_n :]:
+            shutil.rmtree(dropped)
     dist.barrier()
 
 

@@ -5,8 +5,8 @@ resumed run repeats the uninterrupted one. Losses are sums divided by the counts
 """
 
 import json
+import math
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +18,16 @@ from contrec_dist.config import Config
 from contrec_dist.data.batches import EpochPlan, TrainingRows
 from contrec_dist.data.packed_batch import PackedBatch
 from contrec_dist.errors import ContRecError
+from contrec_dist.manifest import write_atomically
 from contrec_dist.progress import get_logger, track
 from contrec_dist.training.checkpoint import TrainingPosition, load_newest_checkpoint, save_checkpoint
 from contrec_dist.training.zero3 import learning_rate_at
 from sharding.partition import count_steps, rank_micro_batches
+from sharding.token_writer import sample_key
 
 TERMS = ("lm", "negative", "diffusion", "dispersive")
 METRICS_NAME = "metrics.jsonl"
+NAMED_SAMPLES = 64
 
 
 class Interrupted(ContRecError):
@@ -55,6 +58,13 @@ class MicroBatches(Dataset):
             for number, row_numbers in micro_batches
         ]
 
+    def sample_keys(self, epoch_step: int, number: int) -> list[str]:
+        """Keys, as in the shards, of the samples in one micro-batch of a step of the epoch."""
+        rows = self.train.micro_batch_rows
+        first = epoch_step * self.train.global_batch_rows + number * rows
+        samples = [sample for row in self.plan.rows[first : first + rows] for sample in row]
+        return [sample_key(int(self.plan.user[sample])) for sample in samples]
+
 
 class TrainingLoop:
     """Runs a DeepSpeed engine over the plan of every epoch. All ranks call every method together."""
@@ -63,6 +73,7 @@ class TrainingLoop:
         self.config, self.engine, self.rows, self.folder = config, engine, rows, folder
         self.log = get_logger("train")
         self.position = TrainingPosition()
+        self.saved_step = -1
         self.bad_steps = 0
         self.stop_requested = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -76,12 +87,12 @@ class TrainingLoop:
         """
         resumed = load_newest_checkpoint(self.engine, self.folder)
         if resumed is not None:
-            self.position = resumed
+            self.position, self.saved_step = resumed, resumed.step
             self.log.info("resumed at step %d (epoch %d)", resumed.step, resumed.epoch)
         self._trim_metrics()
         while self.position.epoch < self.config.train.num_epochs and not self._steps_exhausted():
             self._train_epoch()
-        save_checkpoint(self.engine, self.folder, self.position, self.config.train.keep_last_n)
+        self._save_checkpoint()
 
     def _train_epoch(self) -> None:
         plan = self.rows.plan(self.position.epoch)
@@ -99,27 +110,37 @@ class TrainingLoop:
             name = f"train epoch {self.position.epoch + 1}/{self.config.train.num_epochs}"
             steps = track(steps, stage=name, unit="steps", total=num_steps, done=self.position.epoch_step)
         for micro_batches in steps:
-            self._train_step(micro_batches, num_steps)
+            self._train_step(micro_batches, num_steps, dataset)
             self._checkpoint_if_due()
             if self._steps_exhausted():
                 return
         self.position = replace(self.position, epoch=self.position.epoch + 1, epoch_step=0)
 
-    def _train_step(self, micro_batches: list[tuple[int, PackedBatch]], steps_in_epoch: int) -> None:
+    def _train_step(
+        self, micro_batches: list[tuple[int, PackedBatch]], steps_in_epoch: int, dataset: MicroBatches
+    ) -> None:
         self._set_learning_rate(steps_in_epoch)
-        started = time.monotonic()
         counts = self._global_counts(micro_batches)
-        sums = torch.zeros(len(TERMS), dtype=torch.float64)
+        sums = {}
         for number, batch in micro_batches:
+            if sums:
+                self.engine.step()  # of the micro-batch before: the last one waits until all losses are known
             terms = self._forward(number, batch, counts)
             self.engine.backward(self._weighted(terms) * dist.get_world_size() * len(micro_batches))
-            self.engine.step()
-            sums += torch.tensor([float(terms[name].detach()) for name in TERMS], dtype=torch.float64)
-        self._update_average()
+            sums[number] = [float(terms[name].detach()) for name in TERMS]
+        losses = self._sum_over_ranks(list(sums.values()))
+        is_bad = not math.isfinite(losses["loss"])
+        if is_bad and self.config.zero.stage == 0:
+            self.engine.zero_grad()  # without ZeRO, DeepSpeed would apply gradients that are not finite
+        self.engine.step()
+        if is_bad or not self.engine.was_step_applied():
+            self._refuse_bad_step(losses["loss"], dataset, sums)
+        else:
+            self._update_average()
         self.position = replace(
             self.position, step=self.position.step + 1, epoch_step=self.position.epoch_step + 1
         )
-        self._record(sums, counts, time.monotonic() - started)
+        self._record(losses, counts)
 
     def _forward(self, number: int, batch: PackedBatch, counts: torch.Tensor) -> dict[str, torch.Tensor]:
         """This micro-batch's share of each term of the global batch's loss."""
@@ -135,8 +156,9 @@ class TrainingLoop:
         }
 
     def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-        weights = self.config.loss
-        return sum(getattr(weights, name) * terms[name] for name in TERMS)
+        """The loss; where it is infinite all its gradients are NaN, so that no rank can take them for good ones."""
+        loss = sum(getattr(self.config.loss, name) * terms[name] for name in TERMS)
+        return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
     def _global_counts(self, micro_batches: list[tuple[int, PackedBatch]]) -> torch.Tensor:
         """Targets and text labels of the whole global batch. -> (2,) float64"""
@@ -169,36 +191,55 @@ class TrainingLoop:
             group["lr"] = rate
         self.learning_rate = rate
 
-    def _record(self, sums: torch.Tensor, counts: torch.Tensor, seconds: float) -> None:
-        """Sum the terms over the ranks, count bad steps, and append a line of metrics now and then."""
-        total = sums.to(self.engine.device)
+    def _sum_over_ranks(self, shares: list[list[float]]) -> dict[str, float]:
+        """The loss of the global batch and its terms, from every rank's shares (micro-batches, terms)."""
+        total = torch.tensor(shares, dtype=torch.float64).sum(0).to(self.engine.device)
         dist.all_reduce(total)
         values = dict(zip(TERMS, total.tolist()))
-        loss = sum(getattr(self.config.loss, name) * value for name, value in values.items())
-        self._count_bad_step(loss)
+        return {"loss": sum(getattr(self.config.loss, name) * value for name, value in values.items()), **values}
+
+    def _record(self, losses: dict[str, float], counts: torch.Tensor) -> None:
+        """Append a line of metrics now and then; what is not finite is null there."""
         if dist.get_rank() == 0 and self.position.step % self.config.train.log_every_steps == 0:
-            line = {"step": self.position.step, "epoch": self.position.epoch, "loss": loss, **values,
+            finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
+            line = {"step": self.position.step, "epoch": self.position.epoch, **finite,
                     "learning_rate": self.learning_rate, "num_targets": int(counts[0])}  # fmt: skip
             with open(self.folder / METRICS_NAME, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _count_bad_step(self, loss: float) -> None:
-        """A loss that is not finite makes a gradient norm that is not finite, and DeepSpeed discards such a step."""
-        if torch.isfinite(torch.tensor(loss)):
-            return
+    def _refuse_bad_step(self, loss: float, dataset: MicroBatches, sums: dict[int, list[float]]) -> None:
+        """Count a step whose loss or gradients were not finite and which was not applied; name where it came from.
+
+        Errors   ContRecError once there are more than max_bad_steps
+        """
         self.bad_steps += 1
-        self.log.warning("step %d: loss %s, step not applied (%d of %d allowed)",
-                         self.position.step, loss, self.bad_steps, self.config.train.max_bad_steps)  # fmt: skip
-        if self.bad_steps > self.config.train.max_bad_steps:
-            raise ContRecError(f"{self.bad_steps} steps had a loss that is not finite; the last good checkpoint is kept")
+        mine = [
+            f"rank {dist.get_rank()}, micro-batch {number}, samples {_enumerate(dataset.sample_keys(self.position.epoch_step, number))}"
+            for number, terms in sums.items()
+            if not all(map(math.isfinite, terms))
+        ]
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        places = "; ".join(place for places in found for place in places) or "gradients of all ranks together"
+        message = f"step {self.position.step + 1}: loss {loss}, step not applied: {places}"
+        allowed = self.config.train.max_bad_steps
+        if self.bad_steps > allowed:
+            raise ContRecError(f"{message}. More than train.max_bad_steps={allowed}; the last good checkpoint is kept")
+        if dist.get_rank() == 0:
+            self.log.warning("%s (%d of %d allowed)", message, self.bad_steps, allowed)
 
     def _checkpoint_if_due(self) -> None:
         asked = torch.tensor(float(self.stop_requested), device=self.engine.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked > 0 or self.position.step % self.config.train.checkpoint_every_steps == 0:
-            save_checkpoint(self.engine, self.folder, self.position, self.config.train.keep_last_n)
+            self._save_checkpoint()
         if asked > 0:
             raise Interrupted(f"stopped at step {self.position.step}; run the same command again to go on")
+
+    def _save_checkpoint(self) -> None:
+        if self.saved_step != self.position.step:
+            save_checkpoint(self.engine, self.folder, self.position, self.config.train.keep_last_n)
+            self.saved_step = self.position.step
 
     def _request_stop(self, number: int, frame) -> None:
         self.stop_requested = True
@@ -211,7 +252,12 @@ class TrainingLoop:
         path = self.folder / METRICS_NAME
         if dist.get_rank() == 0 and path.is_file():
             lines = [line for line in path.read_text().splitlines() if _line_step(line) <= self.position.step]
-            path.write_text("".join(line + "\n" for line in lines))
+            write_atomically(path, "".join(line + "\n" for line in lines).encode())
+
+
+def _enumerate(keys: list[str]) -> str:
+    rest = len(keys) - NAMED_SAMPLES
+    return ", ".join(keys[:NAMED_SAMPLES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _line_step(line: str) -> float:

@@ -1,0 +1,114 @@
+"""A training run that was stopped, killed and given a damaged checkpoint ends with the bytes of one that never was."""
+
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+from launched import Command, copy_run, file_hashes, run_contrec, start_contrec, wait_for
+
+from contrec_dist.config import Config
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@dataclass
+class Story:
+    """What happened to one run: asked to stop, killed, damaged, finished."""
+
+    config: Config
+    refused: Command
+    stopped: Command
+    survivors: list[psutil.Process]
+    damaged: Path
+    finished: Command
+    steps: dict[str, list[int]]
+
+
+@pytest.fixture(scope="module")
+def story(reference, run_config, tmp_path_factory) -> Story:
+    folder = tmp_path_factory.mktemp("disturbed")
+    config = replace(run_config, run_dir=str(folder / "run"))
+    copy_run(reference[0], config, "catalog", "embeddings", "tokenizer", "tokens")
+    steps = {}
+
+    stopped = start_contrec("train", config, folder / "stopped.log")
+    try:
+        wait_for(lambda: _checkpoints(config), stopped, "a first checkpoint")
+        stopped.send_to_group(signal.SIGSTOP)
+        refused = run_contrec("train", config, folder / "refused.log")
+        stopped.send_to_group(signal.SIGCONT)
+        stopped.process.terminate()
+        stopped.wait()
+    finally:
+        stopped.end()
+    steps["stopped"] = sorted(_checkpoints(config))
+
+    killed = start_contrec("train", config, folder / "killed.log")
+    try:
+        wait_for(lambda: max(_checkpoints(config)) > max(steps["stopped"]), killed, "a later checkpoint")
+        below = killed.below()
+        killed.send_to_group(signal.SIGKILL)
+        killed.wait()
+        _, survivors = psutil.wait_procs(below, timeout=30)
+    finally:
+        killed.end()
+    steps["killed"] = sorted(_checkpoints(config))
+
+    damaged = next(_checkpoints(config)[max(steps["killed"])].rglob("*optim_states.pt"))
+    _flip_byte(damaged)
+    finished = run_contrec("train", config, folder / "finished.log")
+    steps["finished"] = sorted(_checkpoints(config))
+    return Story(config, refused, stopped, survivors, damaged, finished, steps)
+
+
+def test_second_trainer_of_a_run_is_refused(story):
+    assert story.refused.process.returncode == 1
+    assert "another process that writes it" in story.refused.log
+    assert "Traceback" not in story.refused.log
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_a_clear_message(story):
+    last = max(story.steps["stopped"])
+    assert story.stopped.process.returncode == 1
+    assert f"stopped at step {last}; run the same command again to go on" in story.stopped.log
+    assert "training stopped before its end; run the same command again to go on" in story.stopped.log
+    assert "Traceback" not in story.stopped.log
+
+
+def test_sigkill_of_the_group_leaves_no_rank_alive(story):
+    assert story.survivors == []
+
+
+def test_damaged_checkpoint_is_named_and_the_older_one_taken(story):
+    older, newest = story.steps["killed"][-2:]
+    assert f"checkpoint skipped: {story.damaged}" in story.finished.log
+    assert f"resumed at step {older} " in story.finished.log
+    assert newest > older
+
+
+def test_train_killed_and_run_again_equals_undisturbed(story, reference):
+    assert story.finished.process.returncode == 0, story.finished.log
+    assert file_hashes(story.config, "model") == file_hashes(reference[0], "model")
+
+
+def test_only_keep_last_n_checkpoints_stay(story):
+    assert len(story.steps["finished"]) == story.config.train.keep_last_n
+
+
+def test_training_is_quiet(story):
+    for noise in ("FutureWarning", "Writing model shards", "Loading weights", "untested optimizer"):
+        assert noise not in story.finished.log
+
+
+def _checkpoints(config: Config) -> dict[int, Path]:
+    """Step -> folder of the complete checkpoints."""
+    marks = Path(config.run_dir).glob("checkpoints/*/step-*/complete.json")
+    return {int(mark.parent.name.removeprefix("step-")): mark.parent for mark in marks}
+
+
+def _flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
