@@ -36,9 +36,8 @@ class Ragged:
     def row(self, number: int) -> np.ndarray:
         return self.flat[self.offsets[number] : self.offsets[number + 1]]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return self.offsets[rows + 1] - self.offsets[rows]
 
 
 def leaf_category(category: str) -> str:
@@ -164,7 +163,7 @@ def lay_out(
 
 def input_title_lengths(texts: PromptTexts, inputs: np.ndarray) -> np.ndarray:
     """Title tokens written out after each input item: those of the newest `titled_items` (-1: all). (n,) -> (n,)."""
-    lengths = texts.titles.lengths[inputs]
+    lengths = texts.titles.lengths(inputs)
     if texts.config.titled_items >= 0:
         lengths = np.where(np.arange(len(inputs)) >= len(inputs) - texts.config.titled_items, lengths, 0)
     return lengths
