@@ -320,10 +320,6 @@ class TrainConfig:
     "gradient norm limit"
     shuffle_shards: int = 8
     "shards of a shuffle window: samples mix inside a window, windows are permuted every epoch"
-    eval_every_epochs: int = 0
-    "epochs between validation probes (0: only at the end)"
-    probe_users: int = 2000
-    "users of the validation probe"
     checkpoint_every_steps: int = 500
     "optimizer steps between checkpoints"
     keep_last_n: int = 2
