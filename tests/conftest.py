@@ -75,7 +75,7 @@ def make_toy_config(run_dir: Path, ray: RayConfig) -> Config:
         head=HeadConfig(width=32, query_dim=16, batch_mul=2),
         train=TrainConfig(
             num_epochs=1, row_tokens=160, global_batch_rows=8, micro_batch_rows=4, shuffle_shards=4,
-            checkpoint_every_steps=4, log_every_steps=1, probe_users=50,
+            checkpoint_every_steps=4, log_every_steps=1,
         ),
         score=ScoreConfig(
             k=10, num_samples=2, num_sampling_steps=3, num_candidates=20, users_per_part=64, batch_users=32
