@@ -32,20 +32,9 @@ def run_stage_by_name(name: str, config: Config) -> Manifest:
 
 
 def run_pipeline(config: Config) -> None:
-    """All stages in order; the complete ones are skipped. Ends with the table of results."""
+    """All stages in order; the complete ones are skipped. The last one prints the table of results."""
     for name in STAGES:
         run_stage_by_name(name, config)
-    show_results(config)
-
-
-def show_results(config: Config) -> None:
-    """Print the table of results and where the report lies."""
-    import json
-
-    from contrec_dist.report.tables import print_table
-
-    folder = config.folder("report")
-    print_table(json.loads((folder / "metrics.json").read_text()), folder / "report.html")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,8 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             manifest = run_stage_by_name(parsed.command, config)
             Console().print(f"{parsed.command}: {config.folder(manifest.folder)}")
-            if parsed.command == "evaluate":
-                show_results(config)
     except ContRecError as error:
         get_logger(parsed.command).error("%s", error)
         return 1
