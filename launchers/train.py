@@ -44,7 +44,8 @@ def train_rank(files: list[str], overrides: list[str]) -> int:
         try:
             run_rank(config)
         except Interrupted as stopped:
-            get_logger("train").warning("%s", stopped)
+            if os.environ.get("RANK", "0") == "0":
+                get_logger("train").warning("%s", stopped)
     except ContRecError as error:
         get_logger("train").error("%s", error)
         return 1

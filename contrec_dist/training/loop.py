@@ -75,6 +75,9 @@ class TrainingLoop:
         self.position = TrainingPosition()
         self.saved_step = -1
         self.bad_steps = 0
+        self.loss_is_finite = True
+        if config.zero.stage == 0:  # without ZeRO, DeepSpeed applies gradients that are not finite
+            engine.optimizer.register_step_pre_hook(self._withhold_bad_step)
         self.stop_requested = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
@@ -88,7 +91,8 @@ class TrainingLoop:
         resumed = load_newest_checkpoint(self.engine, self.folder)
         if resumed is not None:
             self.position, self.saved_step = resumed, resumed.step
-            self.log.info("resumed at step %d (epoch %d)", resumed.step, resumed.epoch)
+            if dist.get_rank() == 0:
+                self.log.info("resumed at step %d (epoch %d)", resumed.step, resumed.epoch)
         self._trim_metrics()
         while self.position.epoch < self.config.train.num_epochs and not self._steps_exhausted():
             self._train_epoch()
@@ -129,11 +133,9 @@ class TrainingLoop:
             self.engine.backward(self._weighted(terms) * dist.get_world_size() * len(micro_batches))
             sums[number] = [float(terms[name].detach()) for name in TERMS]
         losses = self._sum_over_ranks(list(sums.values()))
-        is_bad = not math.isfinite(losses["loss"])
-        if is_bad and self.config.zero.stage == 0:
-            self.engine.zero_grad()  # without ZeRO, DeepSpeed would apply gradients that are not finite
+        self.loss_is_finite = math.isfinite(losses["loss"])
         self.engine.step()
-        if is_bad or not self.engine.was_step_applied():
+        if not (self.loss_is_finite and self.engine.was_step_applied()):
             self._refuse_bad_step(losses["loss"], dataset, sums)
         else:
             self._update_average()
@@ -190,6 +192,11 @@ class TrainingLoop:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self.learning_rate = rate
+
+    def _withhold_bad_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        """Without gradients the optimizer leaves weights and moments as they are."""
+        if not self.loss_is_finite:
+            optimizer.zero_grad(set_to_none=True)
 
     def _sum_over_ranks(self, shares: list[list[float]]) -> dict[str, float]:
         """The loss of the global batch and its terms, from every rank's shares (micro-batches, terms)."""

@@ -29,24 +29,29 @@ PROBE_QUERIES = 1000
 
 def run_rank(config: Config) -> None:
     """One rank of the train stage, from process group to export."""
-    import torch.distributed as dist
+    start_process_group(config)
+    try:
+        run_in_group(config)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run_in_group(config: Config) -> None:
+    """The train stage on all ranks of the process group, which call this together."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # bars for writing and reading a model, once a rank
-    _start_process_group(config)
-    try:
-        if dist.get_rank() == 0:
-            _run_first_rank(config)
-        else:
-            work = _hear_decision()
-            if work is not None:
-                train_and_export(config, Path(work))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    if torch.distributed.get_rank() == 0:
+        _run_first_rank(config)
+    else:
+        work = _hear_decision()
+        if work is not None:
+            train_and_export(config, Path(work))
+    torch.distributed.barrier()
 
 
-def _start_process_group(config: Config) -> None:
+def start_process_group(config: Config) -> None:
+    """Join the ranks that DeepSpeed or torchrun started; CPU threads are shared out among those of this machine."""
     import deepspeed
 
     deepspeed.init_distributed(

@@ -17,10 +17,10 @@ INPUTS = ("catalog", "embeddings", "tokenizer", "tokens")
 
 @pytest.fixture(scope="session")
 def run_config(toy_tokens) -> Config:
-    """The toy config with enough optimizer steps and parts for a run to be killed in the middle of them."""
+    """The toy config with gradient accumulation, and enough steps and parts to be killed in the middle of them."""
     return replace(
         toy_tokens,
-        train=replace(toy_tokens.train, num_epochs=3, checkpoint_every_steps=4),
+        train=replace(toy_tokens.train, num_epochs=3, micro_batch_rows=2, checkpoint_every_steps=4),
         score=replace(toy_tokens.score, users_per_part=12, batch_users=6),
         evaluate=EvaluateConfig(ks=[5, 10], sampler_users=20, sampler_steps=[1, 2]),
     )

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,6 +91,29 @@ def run_contrec(stage: str, config: Config, log_path: Path, *overrides: str, **e
     finally:
         command.end()
     return command
+
+
+def run_several(configs: dict[str, Config], folder: Path, **extra: str) -> Command:
+    """Train the configs in one start of DeepSpeed on two ranks (train_several.py); observations lie in `folder`."""
+    paths = [str(write_config(config, folder / f"{name}.yaml")) for name, config in configs.items()]
+    script = Path(__file__).with_name("train_several.py")
+    command = start(
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()),
+         str(script), "--observe", str(folder), *paths],
+        folder / "several.log", **extra,
+    )  # fmt: skip
+    try:
+        assert command.wait() == 0, command.log
+    finally:
+        command.end()
+    return command
+
+
+def free_port() -> int:
+    """A TCP port that nobody holds."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def wait_for(condition: Callable[[], object], command: Command, what: str) -> object:

@@ -1,0 +1,42 @@
+"""The Ray stages as people run them: submitted to a running cluster as a job, on two nodes."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from ray.cluster_utils import Cluster
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from contrec_dist.manifest import Manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
+
+
+@pytest.fixture
+def cluster():
+    """Two nodes of one CPU each in processes of their own, with the job server."""
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": True})
+    cluster.add_node(**node)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_precompute_submitted_to_a_cluster_gives_the_bytes_of_a_local_run(cluster, toy_tokens, tmp_path):
+    config = replace(toy_tokens, run_dir=str(tmp_path), ray=replace(toy_tokens.ray, num_workers=2))
+    for folder in ("catalog", "embeddings", "tokenizer"):
+        (tmp_path / folder).symlink_to(toy_tokens.folder(folder))
+    settings = tmp_path / "config.yaml"
+    settings.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    client = JobSubmissionClient(f"http://{cluster.webui_url}")
+    job = client.submit_job(entrypoint=f"{sys.executable} {ROOT / 'launchers' / 'precompute.py'} --config {settings}")
+    while client.get_job_status(job) not in ENDED:
+        time.sleep(0.5)
+    assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
+    assert "starting a local cluster" not in client.get_job_logs(job)
+    submitted, local = Manifest.load(config.folder("tokens")), Manifest.load(toy_tokens.folder("tokens"))
+    assert submitted.files == local.files
