@@ -91,6 +91,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address:
         ray.init(address=address, **quiet)
+        get_logger("ray").info("joined the cluster at %s: %s", address, _show_resources())
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         num_cpus = max(1, math.ceil(config.num_workers * config.cpus_per_worker))
@@ -101,6 +102,11 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _show_resources() -> str:
+    resources = ray.cluster_resources()
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 
 def _check_one_fits(config: RayConfig, *, grows: bool) -> None:

@@ -37,6 +37,6 @@ def test_precompute_submitted_to_a_cluster_gives_the_bytes_of_a_local_run(cluste
     while client.get_job_status(job) not in ENDED:
         time.sleep(0.5)
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
-    assert "starting a local cluster" not in client.get_job_logs(job)
+    assert "joined the cluster" in client.get_job_logs(job) and "2 CPU" in client.get_job_logs(job)
     submitted, local = Manifest.load(config.folder("tokens")), Manifest.load(toy_tokens.folder("tokens"))
     assert submitted.files == local.files
