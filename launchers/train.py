@@ -33,8 +33,9 @@ def train_rank(files: list[str], overrides: list[str]) -> int:
     from contrec_dist.errors import ContRecError
     from contrec_dist.progress import get_logger
 
-    # DeepSpeed still calls collectives by the names that torch has renamed: two lines a rank that nobody can act on.
-    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    # DeepSpeed and PEFT call torch and transformers by names that are going: lines on every rank, for nobody here to act on.
+    for renamed in ("`torch.distributed.", "`is_gradient_checkpointing`"):
+        warnings.filterwarnings("ignore", message=f"{renamed}.*is deprecated", category=FutureWarning)
     try:
         config = load_config(files, overrides)
 
