@@ -153,8 +153,8 @@ def test_responses_are_dropped_at_the_rate_asked_for(make_world, drop):
 
 
 def test_a_response_leans_on_the_inputs_of_its_sample_and_never_on_the_target(make_world):
-    """Item 0 (Nails) three times, then a lamp as the target: the response still says nails."""
-    world = make_world([[0, 3, 0, 1, 5, 5], [1, 4, 1, 0, 5, 5]], response_drop=0.0)
+    """Nails, then a lamp as the target (and the other way round): a tie would go to the newer, were the target seen."""
+    world = make_world([[0, 1, 5, 5], [1, 0, 5, 5]], response_drop=0.0)
     rows = world.rows
     plan = rows.plan(0)
     assert rows.texts.term_names[plan.term].tolist() == ["Nails", "Lamps"]

@@ -75,6 +75,18 @@ def test_catalogue_cross_entropy_in_chunks_equals_plain_torch_with_gradients(max
         torch.testing.assert_close(got, reference, atol=1e-5, rtol=1e-5)
 
 
+def test_catalogue_cross_entropy_in_chunks_keeps_no_logits_for_the_backward_pass():
+    def largest_saved(max_logits):
+        query, vectors, bias, target = random_catalogue(num_rows=50)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: sizes.append(one.numel()) or one, lambda one: one):
+            catalogue_cross_entropy(query, vectors, bias, target, max_logits=max_logits)
+        return max(sizes)
+
+    assert largest_saved(1 << 25) == 50 * 40  # the whole matrix, where it is small
+    assert largest_saved(5 * 40) < 50 * 40
+
+
 def test_sampled_cross_entropy_equals_a_hand_computed_value():
     """2 negatives stand for 8 items: log 4 is added to each; the negative that is the target is left out."""
     query, positive = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.5, 9.0], [9.0, 1.0]])
