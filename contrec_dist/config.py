@@ -329,6 +329,10 @@ class TrainConfig:
     max_bad_steps: int = 10
     "steps with a non-finite loss that are skipped before the run stops"
 
+    def __post_init__(self):
+        if self.keep_last_n < 1:
+            raise ConfigError("train.keep_last_n", self.keep_last_n, "at least 1")
+
 
 @dataclass(kw_only=True, slots=True)
 class ZeroConfig:
@@ -372,8 +376,13 @@ class ScoreConfig:
     "items a user"
     splits: list[str] = field(default_factory=lambda: ["validation", "test"])
     "histories to score: before the 'validation' item, before the 'test' item, or 'next': everything seen so far"
-    rank_by: Literal["query", "samples"] = "query"
-    "search with the one-step prediction from pure noise, or fuse the neighbours of sampled latents"
+    rank_by: Literal["query", "samples", "likelihood"] = "query"
+    "search with the one-step prediction from pure noise; fuse the neighbours of sampled latents; or re-rank what the "
+    "search found by the model's own log p(item | history)"
+    likelihood_levels: int = 8
+    "noise levels at which the likelihood is evaluated (rank_by likelihood)"
+    likelihood_draws: int = 1
+    "noise draws a level (rank_by likelihood)"
     num_samples: int = 8
     "S, samples a user (rank_by samples)"
     num_sampling_steps: int = 10

@@ -163,6 +163,8 @@ def make_world(tmp_path, world_items, world_tokenizer):
         spread = draw.uniform(0.5, 3.0, shape)
         latents = (draw.normal(2.0, spread, (WORLD_ITEMS, *shape))).astype(np.float16).astype(np.float32)
         write_token_folder(config.folder("tokens"), histories, latents)
+        config.folder("catalog").mkdir()
+        world_items.write_parquet(config.folder("catalog") / "items.parquet")
         users = draw.normal(1.0, 2.0, (len(histories), *shape)).astype(np.float32) if user_tokens else None
         return ToyWorld(config, world_items, world_tokenizer, latents, users)
 

@@ -85,7 +85,7 @@ class DiffusionHead(nn.Module):
         Shapes   condition (B, D) -> (B, K*Z), normalised latents, float32
         """
         condition = self.norm(condition.float())
-        null = self._null(len(condition))
+        null = self.null_conditions(len(condition))
 
         def denoise(x_t: Tensor, step: Tensor) -> Tensor:
             if guidance == 0.0:
@@ -100,13 +100,14 @@ class DiffusionHead(nn.Module):
             device=condition.device,
         )
 
-    def _null(self, count: int) -> Tensor:
+    def null_conditions(self, count: int) -> Tensor:
+        """The learned condition that says nothing, as guidance and likelihood need it. -> (count, D)"""
         device = self.null_condition.weight.device
         return self.null_condition(torch.zeros(count, dtype=torch.int64, device=device))
 
     def _drop_conditions(self, condition: Tensor, generator: torch.Generator) -> Tensor:
         draw = torch.rand(len(condition), 1, generator=generator, device=condition.device)
-        return torch.where(draw < self.config.condition_drop, self._null(len(condition)), condition)
+        return torch.where(draw < self.config.condition_drop, self.null_conditions(len(condition)), condition)
 
 
 class HeadAverage(nn.Module):

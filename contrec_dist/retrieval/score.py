@@ -23,8 +23,10 @@ from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import Manifest, run_stage
 from contrec_dist.model.export import load_export
 from contrec_dist.progress import get_logger
-from contrec_dist.retrieval.ranking import combine_text, fuse_samples, mask_seen, search_unseen
+from contrec_dist.retrieval.likelihood import LikelihoodRanker
+from contrec_dist.retrieval.ranking import combine_text, fuse_samples, search_unseen, select_seen
 from contrec_dist.retrieval.text_similarity import TextSimilarity
+from contrec_dist.retrieval.top_k import best_first
 from contrec_dist.retrieval.user_views import UserViews
 from sharding.faiss_shards import FaissShards
 from sharding.partition import part_ranges
@@ -107,6 +109,9 @@ class CandidateWriter:
         return {"rows": len(users)}
 
 
+SPACES = {"query": "query", "likelihood": "query", "samples": "latent"}
+
+
 @dataclass
 class Retriever:
     """Candidates of the catalogue by the ranking rule of the config."""
@@ -114,14 +119,21 @@ class Retriever:
     score: ScoreConfig
     seed: int
     shards: FaissShards
+    item_latents: np.ndarray
+    "(N, K, Z) raw, memory-mapped"
+    log_prior: np.ndarray
+    "(N,) log of the items' share of the training interactions, one added to each"
 
     @classmethod
     def open(cls, config: Config) -> "Retriever":
-        space = {"query": "query", "samples": "latent"}[config.score.rank_by]
+        space = SPACES[config.score.rank_by]
         folder = config.folder("index") / space
         if not folder.is_dir():
             raise ArtifactError(folder, "no such index", f"index.spaces with '{space}', which score.rank_by={config.score.rank_by} needs")
-        return cls(config.score, config.seed, FaissShards.open(folder, config.index.device))
+        counts = pl.read_parquet(config.folder("catalog") / "items.parquet")["num_train"].to_numpy() + 1.0
+        latents = np.load(config.folder("tokens") / "item_latents.npy", mmap_mode="r")
+        shards = FaissShards.open(folder, config.index.device)
+        return cls(config.score, config.seed, shards, latents, np.log(counts / counts.sum()))
 
     def find(
         self, views: UserViews, condition: torch.Tensor, seen: list[np.ndarray], seed: int
@@ -130,19 +142,18 @@ class Retriever:
         count = self.score.num_candidates
         flat = np.concatenate(seen).astype(np.int64)
         offsets = np.concatenate([[0], np.cumsum([len(one) for one in seen])]).astype(np.int64)
-        if self.score.rank_by == "query":
+        if SPACES[self.score.rank_by] == "query":
             queries = views.queries(condition).cpu().numpy()
             kept = self.shards.search(queries, count)
-            return {"masked": search_unseen(self.shards.search, queries, count, flat, offsets), "kept": kept}
-        scores, item_idx = self.fuse(views, condition, count + int(np.diff(offsets).max(initial=0)), seed)
-        return {
-            "masked": mask_seen(scores, item_idx, flat, offsets, count),
-            "kept": (scores[:, :count], item_idx[:, :count]),
-        }
+            found = {"masked": search_unseen(self.shards.search, queries, count, flat, offsets), "kept": kept}
+            return self.rescore(views, condition, found, seed) if self.score.rank_by == "likelihood" else found
+        return self._find_by_samples(views, condition, flat, offsets, seed)
 
-    def fuse(self, views: UserViews, condition: torch.Tensor, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Neighbours of S sampled latents a user, fused. condition (B, D) -> (B, count), (B, count)."""
-        draws = self.score.num_samples
+    def _find_by_samples(
+        self, views: UserViews, condition: torch.Tensor, flat: np.ndarray, offsets: np.ndarray, seed: int
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """As `find`: neighbours of S sampled latents a user, fused; among unseen items alone where seen ones are masked."""
+        count, draws = self.score.num_candidates, self.score.num_samples
         samples = views.model.head.sample(
             condition.repeat(draws, 1),
             num_steps=self.score.num_sampling_steps,
@@ -150,9 +161,29 @@ class Retriever:
             guidance=self.score.guidance,
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + seed),
         )
-        scores, item_idx = self.shards.search(samples.cpu().numpy(), self.score.num_candidates)
-        shape = (draws, len(condition), self.score.num_candidates)
-        return fuse_samples(scores.reshape(shape), item_idx.reshape(shape), count)
+        queries = samples.cpu().numpy()  # (S * B, K * Z)
+        seen = select_seen(flat, offsets, np.tile(np.arange(len(condition)), draws))
+        near = {
+            "masked": search_unseen(self.shards.search, queries, count, *seen),
+            "kept": self.shards.search(queries, count),
+        }
+        shape = (draws, len(condition), count)
+        return {
+            view: fuse_samples(scores.reshape(shape), item_idx.reshape(shape), count)
+            for view, (scores, item_idx) in near.items()
+        }
+
+    def rescore(self, views: UserViews, condition: torch.Tensor, found: dict, seed: int) -> dict:
+        """The same candidates in the order of the model's likelihood."""
+        ranker = LikelihoodRanker(
+            views.model, self.item_latents, self.log_prior,
+            num_levels=self.score.likelihood_levels, num_draws=self.score.likelihood_draws,
+        )  # fmt: skip
+        rescored = {}
+        for view, (scores, item_idx) in found.items():
+            likelihood = ranker.score(condition, item_idx, seed=self.seed * 1_000_003 + seed)
+            rescored[view] = best_first(likelihood, item_idx, item_idx.shape[1])
+        return rescored
 
 
 class RecommendationWriter:
@@ -260,10 +291,10 @@ def sampler_curve(config: Config, steps: list[int], num_users: int) -> dict[int,
     seen = views.seen_items(users, "validation")
     positions = views.target_positions("validation")[users]
     target = np.array([views.reader.read(int(user)).items[place] for user, place in zip(users, positions)])
+    opened = Retriever.open(replace(config, score=replace(config.score, rank_by="samples")))
     curve = {}
     for count in steps:
-        score = replace(config.score, rank_by="samples", num_sampling_steps=count)
-        retriever = Retriever.open(replace(config, score=score))
+        retriever = replace(opened, score=replace(opened.score, num_sampling_steps=count))
         _, item_idx = retriever.find(views, condition, seen, seed=0)["masked"]
         curve[count] = {"hr@10": float((item_idx[:, :10] == target[:, None]).any(axis=1).mean())}
     return curve

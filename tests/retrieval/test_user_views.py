@@ -109,8 +109,6 @@ def test_queries_end_with_the_one_that_meets_the_items_bias(views):
 
 def test_views_open_from_the_folders_of_a_run(make_world):
     world = make_world(HISTORIES)
-    world.config.folder("catalog").mkdir(parents=True)
-    world.items.write_parquet(world.config.folder("catalog") / "items.parquet")
     views, model = make_views(world), world.build_model()
     opened = UserViews.open(world.config, model, world.tokenizer)
     users = views.users_with_target("test")
