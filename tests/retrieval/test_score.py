@@ -191,7 +191,7 @@ def test_candidates_by_query_are_the_highest_products_with_the_item_vectors(view
         assert found["masked"][1][row].tolist() == expected
 
 
-@pytest.mark.parametrize("rank_by", ["query", "samples"])
+@pytest.mark.parametrize("rank_by", ["query", "samples", "likelihood"])
 def test_seen_items_never_come_back_where_they_are_masked(views, rank_by):
     _, seen, found = find(views, rank_by)
     for items, (masked, kept) in zip(seen, zip(found["masked"][1], found["kept"][1])):
