@@ -25,6 +25,10 @@ from contrec_dist.progress import get_logger
 
 MANIFEST_NAME = "manifest.json"
 IDENTITY_NAME = "identity.json"
+WRITTEN_BY = {
+    "catalog": "prepare", "embeddings": "embed", "tokenizer": "tokenize", "tokens": "precompute", "model": "train",
+    "index": "index", "recommendations": "score", "report": "evaluate",
+}  # fmt: skip
 PACKAGES = ("contrec_dist", "torch", "deepspeed", "transformers", "peft", "ray", "faiss-cpu", "polars", "numpy")
 
 
@@ -56,7 +60,8 @@ class Manifest:
         """Read a folder's manifest. Raises ArtifactError naming the folder where there is none."""
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
-            raise ArtifactError(folder, "no manifest", "the complete output of its stage; run that stage first")
+            maker = f"`contrec {WRITTEN_BY[path.parent.name]}`" if path.parent.name in WRITTEN_BY else "its stage"
+            raise ArtifactError(folder, "no manifest", f"the complete output of {maker}; run that first")
         try:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
