@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from launched import ROOT, copy_run, environment, run_contrec
 
-from contrec_dist.__main__ import STAGES, main
+from contrec_dist.__main__ import STAGES, main, run_stage_by_name
+from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import MANIFEST_NAME, Manifest, hash_file, lock_folder, write_json
 
 pytestmark = pytest.mark.timeout(900)
@@ -68,10 +69,15 @@ def test_missing_input_file_ends_with_1_and_is_named(new_run, reference, tmp_pat
 
 
 @pytest.mark.parametrize("stage, wanted", FIRST_INPUT.items())
-def test_stage_before_its_input_names_the_stage_to_run(new_run, tmp_path, stage, wanted):
-    command = run_contrec(stage, new_run, tmp_path / "log")
+def test_stage_before_its_input_names_the_stage_to_run(new_run, stage, wanted):
+    with pytest.raises(ArtifactError, match=f"`contrec {wanted}`; run that first"):
+        run_stage_by_name(stage, new_run)
+
+
+def test_command_before_its_input_ends_with_1(new_run, tmp_path):
+    command = run_contrec("train", new_run, tmp_path / "log")
     assert command.process.returncode == 1
-    assert f"`contrec {wanted}`; run that first" in command.log and "Traceback" not in command.log
+    assert "`contrec prepare`; run that first" in command.log and "Traceback" not in command.log
 
 
 def test_second_writer_of_a_stage_is_refused(new_run, tmp_path):
