@@ -16,6 +16,7 @@ import torch.distributed as dist
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import hash_file, write_json
 from contrec_dist.progress import get_logger
+from contrec_dist.training.repartition import load_repartitioned
 
 TAG = "state"
 COMPLETE_NAME = "complete.json"
@@ -58,12 +59,15 @@ def save_checkpoint(engine, folder: Path, position: TrainingPosition, keep_last_
 
 
 def load_newest_checkpoint(engine, folder: Path) -> TrainingPosition | None:
-    """Load the newest checkpoint that verifies, on all ranks; None where there is none."""
+    """Load the newest checkpoint that verifies, on all ranks, whatever number wrote it; None where there is none."""
     chosen = [_newest_good(folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(chosen, src=0)
     if chosen[0] is None:
         return None
-    path, client_state = engine.load_checkpoint(chosen[0], tag=TAG)
+    if _num_pieces(Path(chosen[0])) in (0, dist.get_world_size()):
+        path, client_state = engine.load_checkpoint(chosen[0], tag=TAG)
+    else:
+        path, client_state = load_repartitioned(engine, Path(chosen[0]), TAG)
     if path is None:
         raise ArtifactError(chosen[0], "a checkpoint that DeepSpeed does not load", "one written by this engine")
     return TrainingPosition(**{name: client_state[name] for name in TrainingPosition.__dataclass_fields__})
@@ -92,6 +96,11 @@ def _complete(work: Path, position: TrainingPosition) -> None:
 def _checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
     return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def _num_pieces(checkpoint: Path) -> int:
+    """Ranks among which ZeRO had cut the optimizer's state; 0 without ZeRO, where any number of ranks can load it."""
+    return len(list((checkpoint / TAG).glob("*_optim_states.pt")))
 
 
 def _newest_good(folder: Path) -> str | None:

@@ -58,12 +58,13 @@ class MicroBatches(Dataset):
             for number, row_numbers in micro_batches
         ]
 
-    def sample_keys(self, epoch_step: int, number: int) -> list[str]:
+    def name_samples(self, epoch_step: int, number: int) -> str:
         """Keys, as in the shards, of the samples in one micro-batch of a step of the epoch."""
         rows = self.train.micro_batch_rows
         first = epoch_step * self.train.global_batch_rows + number * rows
-        samples = [sample for row in self.plan.rows[first : first + rows] for sample in row]
-        return [sample_key(int(self.plan.user[sample])) for sample in samples]
+        samples = [int(sample) for row in self.plan.rows[first : first + rows] for sample in row]
+        named = ", ".join(sample_key(int(self.plan.user[sample])) for sample in samples[:NAMED_SAMPLES])
+        return named + (f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else "")
 
 
 class TrainingLoop:
@@ -220,8 +221,9 @@ class TrainingLoop:
         Errors   ContRecError once there are more than max_bad_steps
         """
         self.bad_steps += 1
+        step, rank = self.position.epoch_step, dist.get_rank()
         mine = [
-            f"rank {dist.get_rank()}, micro-batch {number}, samples {_enumerate(dataset.sample_keys(self.position.epoch_step, number))}"
+            f"rank {rank}, micro-batch {number}, samples {dataset.name_samples(step, number)}"
             for number, terms in sums.items()
             if not all(map(math.isfinite, terms))
         ]
@@ -260,11 +262,6 @@ class TrainingLoop:
         if dist.get_rank() == 0 and path.is_file():
             lines = [line for line in path.read_text().splitlines() if _line_step(line) <= self.position.step]
             write_atomically(path, "".join(line + "\n" for line in lines).encode())
-
-
-def _enumerate(keys: list[str]) -> str:
-    rest = len(keys) - NAMED_SAMPLES
-    return ", ".join(keys[:NAMED_SAMPLES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _line_step(line: str) -> float:

@@ -21,7 +21,10 @@ from contrec_dist.model.backbone import train_text_tokenizer
 from contrec_dist.model.export import load_export
 from contrec_dist.retrieval.user_views import UserViews
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's call
+]
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 RUNS = {"llama": ("llama", 3), "qwen2": ("qwen2", 3), "llama_stage2": ("llama", 2)}
 

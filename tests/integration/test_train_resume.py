@@ -1,12 +1,17 @@
 """A training run that was stopped, killed and given a damaged checkpoint ends with the bytes of one that never was."""
 
+import json
+import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from launched import Command, copy_run, file_hashes, run_contrec, start_contrec, wait_for
+from safetensors.torch import load_file
 
 from contrec_dist.config import Config
 
@@ -44,6 +49,7 @@ def story(reference, run_config, tmp_path_factory) -> Story:
     finally:
         stopped.end()
     steps["stopped"] = sorted(_checkpoints(config))
+    shutil.copytree(config.run_dir, folder / "as_stopped")
 
     killed = start_contrec("train", config, folder / "killed.log")
     try:
@@ -91,6 +97,20 @@ def test_damaged_checkpoint_is_named_and_the_older_one_taken(story):
 def test_train_killed_and_run_again_equals_undisturbed(story, reference):
     assert story.finished.process.returncode == 0, story.finished.log
     assert file_hashes(story.config, "model") == file_hashes(reference[0], "model")
+
+
+def test_run_goes_on_with_another_number_of_ranks(story, reference, tmp_path):
+    """ZeRO-3 cut the checkpoint in two; one rank goes on from it. Only the order of fp32 sums differs."""
+    config = replace(story.config, run_dir=str(tmp_path / "run"))
+    shutil.copytree(Path(story.config.run_dir).with_name("as_stopped"), config.run_dir)
+    command = run_contrec("train", config, tmp_path / "one_rank.log", "launch.num_ranks=1")
+    assert command.process.returncode == 0, command.log
+    assert f"resumed at step {max(story.steps['stopped'])} " in command.log
+    model, undisturbed = (one.folder("model") for one in (config, reference[0]))
+    for name, expected in load_file(undisturbed / "head.safetensors").items():
+        torch.testing.assert_close(load_file(model / "head.safetensors")[name], expected, rtol=1e-4, atol=1e-5)
+    losses = [[json.loads(line)["loss"] for line in open(folder / "metrics.jsonl")] for folder in (model, undisturbed)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 def test_only_keep_last_n_checkpoints_stay(story):
