@@ -26,6 +26,18 @@ def cluster():
     cluster.shutdown()
 
 
+def submit_once_up(client: JobSubmissionClient, entrypoint: str) -> str:
+    """Submit a job; a cluster that is still starting answers that its agent is not there yet, try again later."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
 def test_precompute_submitted_to_a_cluster_gives_the_bytes_of_a_local_run(cluster, toy_tokens, tmp_path):
     config = replace(toy_tokens, run_dir=str(tmp_path), ray=replace(toy_tokens.ray, num_workers=2))
     for folder in ("catalog", "embeddings", "tokenizer"):
@@ -33,7 +45,8 @@ def test_precompute_submitted_to_a_cluster_gives_the_bytes_of_a_local_run(cluste
     settings = tmp_path / "config.yaml"
     settings.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     client = JobSubmissionClient(f"http://{cluster.webui_url}")
-    job = client.submit_job(entrypoint=f"{sys.executable} {ROOT / 'launchers' / 'precompute.py'} --config {settings}")
+    launcher = ROOT / "launchers" / "precompute.py"
+    job = submit_once_up(client, f"{sys.executable} {launcher} --config {settings}")
     while client.get_job_status(job) not in ENDED:
         time.sleep(0.5)
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
