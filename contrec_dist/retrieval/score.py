@@ -286,7 +286,9 @@ def sampler_curve(config: Config, steps: list[int], num_users: int) -> dict[int,
     """
     model, tokenizer = load_export(config.folder("model"))
     views = UserViews.open(config, model, tokenizer)
-    users = views.users_with_target("validation")[:num_users]
+    users = views.users_with_target("validation")
+    # Spread over the catalogue of users: sources often list them by age or by item, so the first ones are no sample.
+    users = users[np.linspace(0, len(users) - 1, min(num_users, len(users))).astype(np.int64)]
     condition = views.read(users, "validation", reasoning=False).condition
     seen = views.seen_items(users, "validation")
     positions = views.target_positions("validation")[users]
