@@ -23,6 +23,7 @@ from typing import Callable, Iterable, TypeVar
 import faiss
 import numpy as np
 
+import sharding.faiss_settings  # noqa: F401
 from contrec_dist.config import IndexConfig
 from contrec_dist.errors import ArtifactError, ConfigError, DataError
 from contrec_dist.manifest import write_json
@@ -45,8 +46,6 @@ RECALL_AT = 10
 MAX_GPU_K = 2048  # faiss-gpu selects no more; longer lists are searched on the CPU
 FAISS_METRICS = {"inner_product": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 Result = TypeVar("Result")
-
-faiss.cvar.distance_compute_blas_threshold = 20  # queries from which exact search is a matrix product; 128000 is slow
 
 
 @dataclass(slots=True)

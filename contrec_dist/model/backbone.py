@@ -16,10 +16,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.utils import logging
 
 from contrec_dist.config import BackboneConfig, LoraConfig, ShapeConfig
 from contrec_dist.errors import ConfigError
 
+logging.disable_progress_bar()  # bars for writing and reading a model, once a rank and a worker, bury the stages' logs
 MAX_POSITIONS = 4096
 END_OF_TEXT = "<|end|>"
 

@@ -21,6 +21,7 @@ import faiss
 import numpy as np
 import torch
 
+import sharding.faiss_settings  # noqa: F401
 from contrec_dist.config import TokenizerConfig
 from contrec_dist.tokenizer.quantized import TIGER_LEVELS, Quantized, count_equal_levels, quantize_product, quantize_residual
 from contrec_dist.tokenizer.sigma_vae import SigmaVAE, count_channel_bits

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 
+import sharding.faiss_settings  # noqa: F401
+
 BITS_PER_CODE = 8
 TIGER_LEVELS = 3
 MAX_LEVELS = 32

@@ -38,9 +38,6 @@ def run_rank(config: Config) -> None:
 
 def run_in_group(config: Config) -> None:
     """The train stage on all ranks of the process group, which call this together."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # bars for writing and reading a model, once a rank
     if torch.distributed.get_rank() == 0:
         _run_first_rank(config)
     else:

@@ -157,7 +157,7 @@ def test_decorrelation_is_least_when_ways_are_apart():
 def test_mean_decoding_sees_the_mean_alone_and_concat_every_token():
     z = torch.randn(4, 2, 3, generator=seeded())
     shifted = z + torch.tensor([[[1.0], [-1.0]]])
-    by_mean, by_all = toy_vae(), toy_vae(decode_from="concat")
+    by_mean, by_all = toy_vae(decode_from="mean"), toy_vae(decode_from="concat")
     torch.testing.assert_close(by_mean.decode(z), by_mean.decode(shifted), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(by_all.decode(z), by_all.decode(shifted))
 
