@@ -1,5 +1,6 @@
 """The Ray stages as people run them: submitted to a running cluster as a job, on two nodes."""
 
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -18,12 +19,21 @@ ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 
 @pytest.fixture
 def cluster():
-    """Two nodes of one CPU each in processes of their own, with the job server."""
-    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": True})
-    cluster.add_node(**node)
+    """Two nodes of one CPU each in processes of their own, with the job server.
+
+    Every node's agent gets a port of its own: with Ray's default, only one node of a machine has an agent that takes jobs.
+    """
+    cluster = Cluster(initialize_head=True, head_node_args={**node_arguments(), "include_dashboard": True})
+    cluster.add_node(**node_arguments())
     yield cluster
     cluster.shutdown()
+
+
+def node_arguments() -> dict:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    return {"num_cpus": 1, "object_store_memory": 80_000_000, "dashboard_agent_listen_port": port}
 
 
 def submit_once_up(client: JobSubmissionClient, entrypoint: str) -> str:
