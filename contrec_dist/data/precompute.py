@@ -20,6 +20,7 @@ import polars as pl
 from contrec_dist.config import Config
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import Manifest, run_stage
+from sharding.partition import part_ranges
 from sharding.ray_jobs import Part, ray_session, remove_part_records, run_parts
 from sharding.token_writer import TokenSample, shard_name, write_shard
 
@@ -152,7 +153,7 @@ def _encode_tables(config: Config, work: Path, num_rows: dict[str, int]) -> None
 
 def _cut_table(kind: str, num_rows: int, rows_per_part: int) -> list[Part]:
     """Parts of an embedding table."""
-    ranges = enumerate(_cut(num_rows, rows_per_part))
+    ranges = enumerate(part_ranges(num_rows, rows_per_part))
     return [Part(name=f"{kind}/{i:06d}.npy", payload={"kind": kind, "start": a, "stop": b}) for i, (a, b) in ranges]
 
 
@@ -191,7 +192,7 @@ def _write_shards(config: Config, work: Path, num_users: int) -> None:
     """Lay the users out in shards; index.parquet comes last, so where it is all shards are."""
     if not (work / "index.parquet").is_file():
         parts = []
-        for shard, (start, stop) in enumerate(_cut(num_users, config.precompute.users_per_shard)):
+        for shard, (start, stop) in enumerate(part_ranges(num_users, config.precompute.users_per_shard)):
             payload = {"shard": shard, "start": start, "stop": stop}
             files = (shard_name(shard), f"{INDEX_PARTS}/{shard:06d}.parquet")
             parts.append(Part(name=shard_name(shard), payload=payload, files=files))
@@ -215,11 +216,6 @@ def _write_and_rename(path: Path, write: Callable) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _cut(num_rows: int, rows_per_part: int) -> list[tuple[int, int]]:
-    """Ranges [start, stop) of rows_per_part rows; the last may be shorter."""
-    return [(start, min(start + rows_per_part, num_rows)) for start in range(0, num_rows, rows_per_part)]
 
 
 def _check_rows(config: Config, kind: str) -> int:
