@@ -1,4 +1,8 @@
-"""The command line: `contrec STAGE --config FILE [key=value ...]`."""
+"""The command line: `contrec STAGE --config FILE [key=value ...]`, and the commands around the stages.
+
+A command is a module of contrec_dist/commands with `add_arguments(parser)`, `run(config, parsed) -> exit code` and, where it
+needs no config, NEEDS_CONFIG = False (run then gets None). It is named in COMMANDS, with a space where it belongs to a stage.
+"""
 
 import argparse
 import os
@@ -24,6 +28,7 @@ STAGES = {
     "score": ("contrec_dist.retrieval.score", "model, index -> recommendations/ (Ray)"),
     "evaluate": ("contrec_dist.report.evaluate", "recommendations -> report/"),
 }
+COMMANDS: dict[str, tuple[str, str]] = {}
 
 
 def run_stage_by_name(name: str, config: Config) -> Manifest:
@@ -38,7 +43,7 @@ def run_pipeline(config: Config) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One sub-command a stage, and `pipeline` for all."""
+    """One sub-command a stage, `pipeline` for all, and the commands around them."""
     parser = argparse.ArgumentParser(
         prog="contrec",
         description="Generative recommendation with continuous tokens, one stage at a time.",
@@ -50,24 +55,43 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=summary, description=summary, epilog=f"example: contrec {name} --config configs/demo.yaml seed=1"
         )
-        command.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="config values, for example seed=1")
+        _add_config_arguments(command)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, prog=f"contrec {name}", help=summary, description=summary)
+        imported = import_module(module)
+        imported.add_arguments(command)
+        if getattr(imported, "NEEDS_CONFIG", True):
+            _add_config_arguments(command)
     return parser
 
 
+def _add_config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="config values, for example seed=1")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 1 a named error."""
+    """Entry point. Returns the exit code: 0 done, 1 a named error; a command may have others."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if " ".join(arguments[:2]) in COMMANDS:  # "index add" is one name
+        arguments[:2] = [" ".join(arguments[:2])]
     parsed = build_parser().parse_args(arguments)
     try:
-        config = load_config(parsed.config, parsed.overrides)
-        if parsed.command == "pipeline":
-            run_pipeline(config)
-        else:
-            manifest = run_stage_by_name(parsed.command, config)
-            Console().print(f"{parsed.command}: {config.folder(manifest.folder)}")
+        return _execute(parsed)
     except ContRecError as error:
         get_logger(parsed.command).error("%s", error)
         return 1
+
+
+def _execute(parsed: argparse.Namespace) -> int:
+    config = load_config(parsed.config, parsed.overrides) if hasattr(parsed, "overrides") else None
+    if parsed.command in COMMANDS:
+        return import_module(COMMANDS[parsed.command][0]).run(config, parsed)
+    if parsed.command == "pipeline":
+        run_pipeline(config)
+    else:
+        manifest = run_stage_by_name(parsed.command, config)
+        Console().print(f"{parsed.command}: {config.folder(manifest.folder)}")
     return 0
 
 
