@@ -2,7 +2,8 @@
 
 One dataclass a component; each field is followed by its meaning and unit. The resolved config of a stage is part of
 that stage's identity (see manifest.py): change a value and the stages that read it run again. The sections `launch`
-and `ray` say only HOW a stage is executed, never what it computes, and are left out of every identity.
+and `ray` say only HOW a stage is executed, `monitor` what people watch meanwhile; neither changes what is computed, and
+they are left out of every identity.
 
 Order of precedence: dataclass defaults < YAML files < key=value arguments.
 """
@@ -16,6 +17,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from contrec_dist.errors import ConfigError
+
+TRACKER_NAMES = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -434,6 +437,31 @@ class LaunchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class MonitorConfig:
+    """What people watch while training runs. It is part of no stage's identity: the model is the same with and without it."""
+
+    probe_every_steps: int = 500
+    "optimizer steps between validation probes (HR and NDCG through the sampler and the query), and one at the end; 0: none"
+    probe_users: int = 500
+    "validation users of a probe, spread evenly over all"
+    probe_k: int = 10
+    "cut-off of the probe's HR and NDCG"
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    "where figures go beside the JSON lines: 'tensorboard' (run_dir/tensorboard), 'wandb', 'mlflow'"
+    profile_start_step: int = 10
+    "first optimizer step that the profiler records"
+    profile_num_steps: int = 0
+    "optimizer steps that it records, a trace a rank in run_dir/profile; 0: none"
+
+    def __post_init__(self):
+        unknown = [name for name in self.trackers if name not in TRACKER_NAMES]
+        if unknown:
+            raise ConfigError("monitor.trackers", unknown, f"some of {list(TRACKER_NAMES)}")
+        if self.probe_users < 1:
+            raise ConfigError("monitor.probe_users", self.probe_users, "at least 1; probe_every_steps=0 turns probes off")
+
+
+@dataclass(kw_only=True, slots=True)
 class RayConfig:
     """How Ray stages are executed; no effect on what is computed."""
 
@@ -474,6 +502,7 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     @property
