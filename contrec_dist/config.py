@@ -423,6 +423,54 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TigerConfig:
+    """The baseline TIGER: semantic ids by an RQ-VAE, a causal LM over them, beam search. Read by that baseline alone."""
+
+    num_epochs: Optional[int] = None
+    "passes over the training samples; null: train.num_epochs, what the model gets"
+    learning_rate: float = 2e-3
+    "AdamW peak learning rate of the sequence model"
+    dropout: float = 0.2
+    "dropout on token embeddings that enter the backbone, and on its output"
+    weight_decay: float = 0.05
+    "AdamW weight decay on matrices"
+    warmup_ratio: float = 0.05
+    "share of steps of linear warm-up, then cosine to 0"
+    clip_norm: float = 1.0
+    "gradient norm limit"
+    batch_tokens: int = 8192
+    "positions of an optimizer step"
+    row_tokens: int = 256
+    "positions of a packed row; longer where one history needs it"
+    shape: Optional[ShapeConfig] = None
+    "its backbone; null: backbone.shape, what the model has"
+    user_buckets: int = 0
+    "hash buckets of a user token in front of the history (2000 in the paper); 0: none"
+    beam_width: int = 50
+    "beams of a search; more where more items are asked for"
+    batch_users: int = 128
+    "users a beam search"
+    embedding: Literal["text", "all"] = "text"
+    "what is quantised: the text part of the item embeddings, or the collaborative part too"
+    num_levels: int = 3
+    "code books; one more level tells items of equal codes apart"
+    num_codes: int = 256
+    "codes a book, at most one an item"
+    latent_dim: int = 32
+    "width of the quantised latent"
+    hidden_dims: list[int] = field(default_factory=lambda: [512, 256, 128])
+    "hidden layers of the RQ-VAE's encoder; the decoder mirrors them"
+    commitment_weight: float = 0.25
+    "weight of the commitment loss"
+    rqvae_steps: int = 2000
+    "optimizer steps of the RQ-VAE"
+    rqvae_batch_rows: int = 1024
+    "embeddings a step"
+    rqvae_learning_rate: float = 1e-3
+    "AdamW peak learning rate of the RQ-VAE, cosine to 0"
+
+
+@dataclass(kw_only=True, slots=True)
 class LaunchConfig:
     """How training is executed; no effect on what is computed."""
 
@@ -501,6 +549,7 @@ class Config:
     index: IndexConfig = field(default_factory=IndexConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tiger: TigerConfig = field(default_factory=TigerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     ray: RayConfig = field(default_factory=RayConfig)
