@@ -93,6 +93,29 @@ class TokenReader:
         for user_idx in range(first, end):
             yield self.read(user_idx)
 
+    def read_shard_items(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Histories of one shard's users end to end, without touching their latents.
+
+        The crc32 covers a whole sample, so it is `read` that compares it, before the sample is used for anything else.
+        Shapes   -> items (M,) int64, offsets (users + 1,) int64
+        Errors   ArtifactError when the shard is missing or cut off
+        """
+        first, end = np.searchsorted(self.shard, [shard, shard + 1])
+        rows = self._index[first:end]
+        offset, num_bytes = (rows[:, INDEX_COLUMNS.index(name)] for name in ("items_offset", "items_bytes"))
+        num_items = self.num_items[first:end]
+        path = self.folder / shard_name(shard)
+        try:
+            words = np.memmap(path, dtype="<i4", mode="r")
+        except (OSError, ValueError) as error:
+            raise ArtifactError(path, str(error), f"the shard of sample {sample_key(first)}") from None
+        if len(rows) and int((offset + num_bytes).max()) > words.nbytes:
+            raise ArtifactError(path, f"a file of {words.nbytes} bytes", f"at least {int((offset + num_bytes).max())}")
+        offsets = np.concatenate([[0], np.cumsum(num_items)]).astype(np.int64)
+        data_start = (offset + num_bytes) // 4 - num_items  # the array stands at the end of its member
+        place = np.repeat(data_start - offsets[:-1], num_items) + np.arange(offsets[-1])
+        return words[place].astype(np.int64), offsets
+
     def _open_shard(self, row: IndexRow) -> tuple[int, Path]:
         """File descriptor and path of a shard; the least recently used one is closed when too many are open."""
         if row.shard in self._open:

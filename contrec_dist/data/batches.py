@@ -11,11 +11,12 @@ import torch
 
 from contrec_dist.config import Config
 from contrec_dist.data.packed_batch import PackedBatch
-from contrec_dist.data.prompts import LEANING_ITEMS, PromptTexts, SampleLayout, input_title_lengths, lay_out
+from contrec_dist.data.prompts import LEANING_ITEMS, PromptTexts, Ragged
 from contrec_dist.errors import ConfigError
 from sharding.partition import cut_windows, pack_rows, shuffle_windows
 from sharding.token_reader import TokenReader
 
+LEANING_CHUNK = 65536
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -48,6 +49,8 @@ class TrainingRows:
             reader.num_train, config.prompt.max_history
         )
         self._sample_shard = reader.shard[self.sample_user]
+        self._responses: dict[tuple[int, int], np.ndarray] = {}
+        self._title_lengths: np.ndarray | None = None
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch. Errors   ConfigError when a sample does not fit train.row_tokens."""
@@ -72,27 +75,43 @@ class TrainingRows:
         return np.concatenate([np.arange(*span) for span in zip(first, end)])
 
     def build(self, plan: EpochPlan, row_numbers: np.ndarray, num_rows: int) -> PackedBatch:
-        """Tensors of the given rows of a plan, filled up with empty rows to num_rows."""
-        builder = _BatchBuilder(num_rows, self.config.train.row_tokens, self.reader, self.num_user_tokens)
-        for place, row in enumerate(row_numbers):
-            for sample in plan.rows[row]:
-                self._add_sample(builder, plan, place, int(sample))
-        return builder.finish()
+        """Tensors of the given rows of a plan, filled up with empty rows to num_rows.
 
-    def _add_sample(self, builder: "_BatchBuilder", plan: EpochPlan, place: int, sample: int) -> None:
-        user, start, stop = int(plan.user[sample]), int(plan.start[sample]), int(plan.stop[sample])
-        tokens = self.reader.read(user)
-        term, brand = int(plan.term[sample]), int(plan.brand[sample])
-        layout = lay_out(
-            self.texts,
-            tokens.items[start : stop - 1],
-            num_item_tokens=self.reader.num_item_tokens,
-            num_user_tokens=self.num_user_tokens,
-            response=self.texts.response_tokens(term, brand) if term >= 0 else np.zeros(0, np.int64),
-            with_final_marker=True,
+        Cost     Whole arrays at a time: what is left of Python is one read a sample, which is most of it.
+        """
+        samples = [plan.rows[row] for row in row_numbers]
+        row_of_sample = np.repeat(np.arange(len(samples)), [len(one) for one in samples])
+        chosen = np.concatenate([*samples, np.zeros(0, np.int64)])
+        contents = self._read_windows(plan, chosen)
+        return _join(contents, row_of_sample, self.texts, num_rows, self.config.train.row_tokens, self.num_user_tokens)
+
+    def _read_windows(self, plan: EpochPlan, samples: np.ndarray) -> "SampleContents":
+        """What the samples hold, end to end in their order."""
+        users, starts, stops = plan.user[samples], plan.start[samples], plan.stop[samples]
+        shape = (0, self.reader.num_item_tokens, self.reader.latent_dim)
+        items, latents = [np.zeros(0, np.int64)], [np.zeros(shape, np.float32)]
+        for user, start, stop in zip(users.tolist(), starts.tolist(), stops.tolist()):
+            tokens = self.reader.read(user)
+            items.append(tokens.items[start:stop])
+            latents.append(tokens.latents[start:stop])
+        responses = [self._response(term, brand) for term, brand in zip(plan.term[samples].tolist(), plan.brand[samples].tolist())]
+        if self.user_latents is not None:
+            user_latents = self.user_latents[users].astype(np.float32)
+        else:
+            user_latents = np.zeros(shape, np.float32)
+        return SampleContents(
+            items=np.concatenate(items).astype(np.int64),
+            latents=np.concatenate(latents, dtype=np.float32),
+            num_items=stops - starts,
+            responses=Ragged.from_arrays(responses),
+            user_latents=user_latents,
         )
-        user_latents = self.user_latents[user] if self.user_latents is not None else None
-        builder.add(place, layout, tokens.items[start:stop], tokens.latents[start:stop], user_latents)
+
+    def _response(self, term: int, brand: int) -> np.ndarray:
+        """Token numbers of a sample's response, empty where it is dropped; one array a pair, kept."""
+        if (term, brand) not in self._responses:
+            self._responses[term, brand] = self.texts.response_tokens(term, brand) if term >= 0 else np.zeros(0, np.int64)
+        return self._responses[term, brand]
 
     def _draw_responses(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Leaning of every sample's history, -1 where the response is dropped."""
@@ -102,88 +121,127 @@ class TrainingRows:
 
     @property
     def _leanings(self) -> tuple[np.ndarray, np.ndarray]:
-        if not hasattr(self, "_cached_leanings"):
-            recent = np.full((len(self.sample_user), LEANING_ITEMS), -1, dtype=np.int64)
-            for sample, (user, start, stop) in enumerate(zip(self.sample_user, self.sample_start, self.sample_stop)):
-                newest = self.reader.read(int(user)).items[start : stop - 1][-LEANING_ITEMS:]
-                recent[sample, LEANING_ITEMS - len(newest) :] = newest
-            self._cached_leanings = self.texts.leaning(recent)
-        return self._cached_leanings
+        """Term and brand that every sample's history leans to. (samples,), (samples,)"""
+        self._read_histories()
+        return self._leaning_term, self._leaning_brand
 
     def _sample_lengths(self, term: np.ndarray, brand: np.ndarray) -> np.ndarray:
         """Length of every sample, equal to what lay_out makes of it."""
+        self._read_histories()
         num_inputs = self.sample_stop - self.sample_start - 1
         length = len(self.texts.instruction) + self.num_user_tokens + 1
         length = length + num_inputs * (1 + self.reader.num_item_tokens)
-        return length + self._title_lengths() + self.texts.response_lengths(term, brand)
+        return length + self._title_lengths + self.texts.response_lengths(term, brand)
 
-    def _title_lengths(self) -> np.ndarray:
-        """Title tokens of every sample. (samples,)"""
-        if not hasattr(self, "_cached_title_lengths"):
-            total = np.zeros(len(self.sample_user), dtype=np.int64)
-            if self.config.prompt.titled_items != 0:
-                for sample, (user, start, stop) in enumerate(
-                    zip(self.sample_user, self.sample_start, self.sample_stop)
-                ):
-                    inputs = self.reader.read(int(user)).items[start : stop - 1]
-                    total[sample] = input_title_lengths(self.texts, inputs).sum()
-            self._cached_title_lengths = total
-        return self._cached_title_lengths
+    def _read_histories(self) -> None:
+        """Leanings and title lengths of all samples, from the items alone, once.
+
+        Cost     One shard in memory at a time; a million users take some seconds
+        """
+        if self._title_lengths is not None:
+            return
+        count = len(self.sample_user)
+        term, brand, titles = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.int64)
+        bounds = np.searchsorted(self._sample_shard, np.arange(self.reader.num_shards + 1))
+        for shard, (first, end) in enumerate(zip(bounds, bounds[1:])):
+            if first == end:
+                continue
+            items, offsets = self.reader.read_shard_items(shard)
+            own = offsets[self.sample_user[first:end] - np.searchsorted(self.reader.shard, shard)]
+            for begin in range(first, end, LEANING_CHUNK):
+                part = slice(begin, min(begin + LEANING_CHUNK, end))
+                base = own[part.start - first : part.stop - first]
+                starts, stops = base + self.sample_start[part], base + self.sample_stop[part] - 1  # of the inputs
+                term[part], brand[part] = self.texts.leaning(_newest(items, starts, stops, LEANING_ITEMS))
+                titles[part] = self._count_title_tokens(items, starts, stops)
+        self._leaning_term, self._leaning_brand, self._title_lengths = term, brand, titles
+
+    def _count_title_tokens(self, items: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Title tokens of the inputs items[start:stop] of every sample. (n,), (n,) -> (n,)"""
+        titled = self.config.prompt.titled_items
+        if titled == 0:
+            return np.zeros(len(starts), np.int64)
+        if titled > 0:
+            starts = np.maximum(starts, stops - titled)
+        total = np.concatenate([[0], np.cumsum(self.texts.titles.lengths(items))])
+        return total[stops] - total[starts]
 
 
-class _BatchBuilder:
-    """Collects the samples of a micro-batch and joins them into tensors."""
+@dataclass(frozen=True, kw_only=True)
+class SampleContents:
+    """What some samples hold, end to end: `num_items` each of `items` and `latents`, the last one only as a target.
 
-    def __init__(self, num_rows: int, row_tokens: int, reader: TokenReader, num_user_tokens: int):
-        self.row_tokens, self.num_user_tokens = row_tokens, num_user_tokens
-        self.shape_of_latents = (reader.num_item_tokens, reader.latent_dim)
-        self.tokens = np.zeros((num_rows, row_tokens), dtype=np.int64)
-        self.segments = np.zeros((num_rows, row_tokens), dtype=np.int64)
-        self.places = np.zeros((num_rows, row_tokens), dtype=np.int64)
-        self.filled = np.zeros(num_rows, dtype=np.int64)
-        self.parts: dict[str, list[np.ndarray]] = {
-            name: []
-            for name in (
-                "slots", "item_idx", "latents", "markers", "targets", "target_idx", "target_latents", "user_slots",
-                "user_latents", "text_positions", "text_labels",
-            )
-        }
+    Shapes   items (W,) int64, latents (W, K, Z) float32, num_items (S,), user_latents (S or 0, K, Z) float32
+    """
 
-    def add(
-        self, row: int, layout: SampleLayout, items: np.ndarray, latents: np.ndarray, user_latents: np.ndarray | None
-    ) -> None:
-        """Append a sample to a row; `items` and `latents` are those of the history and, last, of the final target."""
-        start = int(self.filled[row])
-        span = slice(start, start + layout.length)
-        self.tokens[row, span] = layout.tokens
-        self.segments[row, span] = self.segments[row, start - 1] + 1 if start else 1
-        self.places[row, span] = np.arange(layout.length)
-        self.filled[row] += layout.length
-        base = row * self.row_tokens + start
-        add = lambda name, value: self.parts[name].append(value)  # noqa: E731
-        add("slots", base + layout.slots)
-        add("item_idx", items[:-1])
-        add("latents", latents[:-1])
-        add("markers", base + layout.markers)
-        add("targets", base + layout.markers[1:])
-        add("target_idx", items[1:])
-        add("target_latents", latents[1:])
-        add("text_positions", base + layout.response_start - 1 + np.arange(len(layout.response)))
-        add("text_labels", layout.response)
-        if user_latents is not None:
-            add("user_slots", base + layout.user_slots[None])
-            add("user_latents", user_latents[None])
+    items: np.ndarray
+    latents: np.ndarray
+    num_items: np.ndarray
+    responses: Ragged
+    user_latents: np.ndarray
 
-    def finish(self) -> PackedBatch:
-        num_tokens, latent_dim = self.shape_of_latents
-        empty = {
-            "slots": (0, num_tokens), "latents": (0, num_tokens, latent_dim), "user_slots": (0, self.num_user_tokens),
-            "target_latents": (0, num_tokens, latent_dim), "user_latents": (0, num_tokens, latent_dim),
-        }  # fmt: skip
-        joined = {}
-        for name, arrays in self.parts.items():
-            kind = np.float32 if name.endswith("latents") else np.int64
-            array = np.concatenate(arrays) if arrays else np.zeros(empty.get(name, (0,)))
-            joined[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=kind))
-        whole = {name: torch.from_numpy(getattr(self, name)) for name in ("tokens", "segments", "places")}
-        return PackedBatch(**whole, **joined)
+
+def _newest(items: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int) -> np.ndarray:
+    """The last `width` of items[start:stop] for every pair, -1 in front where there are fewer. -> (n, width) int64"""
+    place = stops[:, None] + np.arange(-width, 0)
+    there = place >= starts[:, None]
+    return np.where(there, items[np.where(there, place, 0)], -1)
+
+
+def _join(
+    contents: SampleContents, row_of_sample: np.ndarray, texts: PromptTexts, num_rows: int, row_tokens: int, num_user_tokens: int
+) -> PackedBatch:
+    """Lay the samples out side by side in their rows; every sample as prompts.lay_out places it."""
+    num_samples, num_item_tokens = len(row_of_sample), contents.latents.shape[1]
+    sample = np.repeat(np.arange(num_samples), contents.num_items)  # of each item
+    place = _count_up(contents.num_items)
+    is_input, is_target = place < contents.num_items[sample] - 1, place > 0
+    inputs, owner = contents.items[is_input], sample[is_input]
+    title_lengths = _title_lengths(texts, inputs, place[is_input], contents.num_items[owner] - 1)
+    sizes = 1 + num_item_tokens + title_lengths
+    head = len(texts.instruction) + num_user_tokens
+    response_lengths = np.diff(contents.responses.offsets)
+    lengths = head + np.bincount(owner, sizes, minlength=num_samples).astype(np.int64) + response_lengths + 1
+    bases = row_of_sample * row_tokens + _sum_before(lengths, row_of_sample)  # first position of each sample
+    starts = bases[owner] + head + _sum_before(sizes, owner)  # of each input's marker
+    ends = bases + lengths  # past the final marker
+    response = np.repeat(ends - 1 - response_lengths, response_lengths) + _count_up(response_lengths)
+    titles = np.repeat(starts + 1 + num_item_tokens, title_lengths) + _count_up(title_lengths)
+    markers = np.empty(len(sample), dtype=np.int64)
+    markers[is_input], markers[~is_input] = starts, ends - 1
+    used = np.repeat(bases, lengths) + _count_up(lengths)
+    flat = {name: np.zeros(num_rows * row_tokens, dtype=np.int64) for name in ("tokens", "segments", "places")}
+    flat["segments"][used] = np.repeat(_sum_before(np.ones_like(lengths), row_of_sample) + 1, lengths)
+    flat["places"][used] = _count_up(lengths)
+    flat["tokens"][bases[:, None] + np.arange(len(texts.instruction))] = texts.instruction
+    flat["tokens"][titles] = texts.titles.flat[np.repeat(texts.titles.offsets[inputs], title_lengths) + _count_up(title_lengths)]
+    flat["tokens"][response] = contents.responses.flat
+    parts = {
+        "slots": starts[:, None] + 1 + np.arange(num_item_tokens), "item_idx": inputs, "latents": contents.latents[is_input],
+        "markers": markers, "targets": markers[is_target], "target_idx": contents.items[is_target],
+        "target_latents": contents.latents[is_target], "text_positions": response - 1, "text_labels": contents.responses.flat,
+        "user_slots": (bases[:, None] + len(texts.instruction) + np.arange(num_user_tokens))[: len(contents.user_latents)],
+        "user_latents": contents.user_latents,
+    }  # fmt: skip
+    whole = {name: values.reshape(num_rows, row_tokens) for name, values in flat.items()}
+    return PackedBatch(**{name: torch.from_numpy(values) for name, values in {**whole, **parts}.items()})
+
+
+def _title_lengths(texts: PromptTexts, inputs: np.ndarray, place: np.ndarray, num_inputs: np.ndarray) -> np.ndarray:
+    """Title tokens written out after each input, as prompts.input_title_lengths has it for one sample."""
+    lengths = texts.titles.lengths(inputs)
+    titled = texts.config.titled_items
+    return lengths if titled < 0 else np.where(place >= num_inputs - titled, lengths, 0)
+
+
+def _count_up(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, .., length - 1 for each length, end to end."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+
+
+def _sum_before(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Sum of the values in front of each one inside its group; groups stand side by side."""
+    before = np.cumsum(values) - values
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    return before - np.repeat(before[first], np.diff(np.append(first, len(group))))

@@ -33,6 +33,11 @@ class Ragged:
         flat = np.fromiter((token for one in lists for token in one), dtype=np.int64, count=int(offsets[-1]))
         return cls(offsets, flat)
 
+    @classmethod
+    def from_arrays(cls, arrays: list[np.ndarray]) -> "Ragged":
+        offsets = np.concatenate([[0], np.cumsum([len(one) for one in arrays])]).astype(np.int64)
+        return cls(offsets, np.concatenate([*arrays, np.zeros(0, np.int64)]))
+
     def row(self, number: int) -> np.ndarray:
         return self.flat[self.offsets[number] : self.offsets[number + 1]]
 

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from contrec_dist.data import batches
 from contrec_dist.data.batches import TrainingRows
 from contrec_dist.data.prompts import PromptTexts, lay_out
 from contrec_dist.errors import ConfigError
@@ -135,6 +136,41 @@ def test_rows_hold_whole_samples_side_by_side_with_places_from_zero(make_world):
         assert batch.places[number].tolist() == places + padding
 
 
+@pytest.mark.parametrize("prompt", [{"titled_items": -1, "max_title_tokens": 4}, {"titled_items": 0}, {"titled_items": 2}])
+@pytest.mark.parametrize("user_tokens", [False, True])
+def test_batches_equal_the_layouts_of_their_samples_one_by_one(make_world, prompt, user_tokens):
+    """The slow reference: prompts.lay_out for every sample, its positions shifted to where the sample stands."""
+    world = make_world(HISTORIES, user_tokens=user_tokens, max_history=8, response_drop=0.4, **prompt)
+    rows, row_tokens = world.rows, world.config.train.row_tokens
+    plan = rows.plan(0)
+    chosen = np.arange(len(plan.rows))[::-1]
+    batch = rows.build(plan, chosen, len(chosen) + 1)
+    expected = {name: [] for name in ("slots", "markers", "targets", "text_positions", "text_labels", "user_slots", "tokens")}
+    for place, number in enumerate(chosen):
+        base = place * row_tokens
+        for sample in plan.rows[number]:
+            term, user = int(plan.term[sample]), int(plan.user[sample])
+            response = rows.texts.response_tokens(term, int(plan.brand[sample])) if term >= 0 else np.zeros(0, np.int64)
+            inputs = np.array(HISTORIES[user][plan.start[sample] : plan.stop[sample] - 1], dtype=np.int64)
+            one = lay_out(
+                rows.texts, inputs, num_item_tokens=2, num_user_tokens=2 * user_tokens, response=response,
+                with_final_marker=True,
+            )  # fmt: skip
+            expected["slots"] += (base + one.slots).tolist()
+            expected["markers"] += (base + one.markers).tolist()
+            expected["targets"] += (base + one.markers[1:]).tolist()
+            expected["text_positions"] += (base + one.response_start - 1 + np.arange(len(response))).tolist()
+            expected["text_labels"] += response.tolist()
+            expected["user_slots"] += [(base + one.user_slots).tolist()] if user_tokens else []
+            expected["tokens"] += zip(range(base, base + one.length), one.tokens.tolist())
+            base += one.length
+    tokens = np.zeros((len(chosen) + 1) * row_tokens, dtype=np.int64)
+    for position, token in expected.pop("tokens"):
+        tokens[position] = token
+    assert np.array_equal(batch.tokens.flatten(), tokens)
+    assert {name: getattr(batch, name).tolist() for name in expected} == expected
+
+
 def test_text_labels_follow_their_positions_inside_the_response(make_world):
     world = make_world(HISTORIES, max_history=8, response_drop=0.0, titled_items=1)
     plan, batch = whole_epoch(world.rows)
@@ -158,6 +194,15 @@ def test_a_response_leans_on_the_inputs_of_its_sample_and_never_on_the_target(ma
     rows = world.rows
     plan = rows.plan(0)
     assert rows.texts.term_names[plan.term].tolist() == ["Nails", "Lamps"]
+
+
+def test_leanings_do_not_depend_on_how_many_samples_are_taken_at_a_time(make_world, monkeypatch):
+    world = make_world(HISTORIES * 3, max_history=3, titled_items=2)
+    whole = world.rows
+    monkeypatch.setattr(batches, "LEANING_CHUNK", 2)
+    pieces = world.rows
+    assert [one.tolist() for one in pieces._leanings] == [one.tolist() for one in whole._leanings]
+    assert pieces.plan(0).num_positions == whole.plan(0).num_positions
 
 
 def test_padding_is_small_on_lengths_as_they_come(make_world):
