@@ -52,7 +52,7 @@ class SourceConfig:
     path: str = ""
     "folder that holds the files below (unused by 'generated')"
     interactions_file: str = "interactions.csv.gz"
-    "file of interactions, relative to path (kind table and amazon)"
+    "file of interactions, relative to path (kind table and amazon); kind table: or a folder of Parquet files"
     items_file: str = "items.csv.gz"
     "file of items, relative to path; empty: no item file, every item is titled by its id"
     user_column: str = "user_id"
@@ -214,7 +214,7 @@ class ShapeConfig:
     vocab_size: int = 4096
     "entries of the byte-level BPE tokenizer trained on the titles"
     attention_dropout: float = 0.0
-    "dropout on attention weights; above 0 the fused attention kernel of CPUs cannot be used"
+    "dropout on attention weights"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -243,8 +243,9 @@ class BackboneConfig:
     "the small one"
     lora: LoraConfig = field(default_factory=LoraConfig)
     "adapters"
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    "attention kernel; packed rows need a mask, which flash_attention_2 does not take"
+    attention: Literal["auto", "packed", "sdpa", "eager"] = "auto"
+    "attention kernel: 'packed' works sample by sample (best on CPUs), 'sdpa' and 'eager' over whole rows with a mask; "
+    "auto: packed on CPUs, sdpa on GPUs"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     "dtype of matrix products; weights, losses and sampler stay fp32. auto: bf16 where hardware has it"
     activation_checkpointing: bool = False
@@ -404,6 +405,15 @@ class ScoreConfig:
     "users a part file: fixes which user lies in which part"
     batch_users: int = 256
     "users a forward pass"
+    filter_seen: bool = True
+    "leave out what a user has met; of split 'next' alone, since 'validation' and 'test' are written both ways"
+    users_file: str = ""
+    "score these users alone: CSV, Parquet or JSONL with a column user_id, all of the catalogue"
+    histories_file: str = ""
+    "score these users, whom training need not know: user_id and item_ids (a list), or user_id and item_id, a row an "
+    "interaction in order; always split 'next'"
+    output: str = ""
+    "folder for the lists; empty: recommendations/ in the run's folder, recommendations-<name> for a file of users"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from contrec_dist.config import BackboneConfig, LoraConfig, ShapeConfig
 from contrec_dist.errors import ConfigError
+from contrec_dist.model.packed_attention import PACKED
 
 logging.disable_progress_bar()  # bars for writing and reading a model, once a rank and a worker, bury the stages' logs
 MAX_POSITIONS = 4096
@@ -63,16 +64,23 @@ def load_backbone(config: BackboneConfig, vocab_size: int) -> nn.Module:
         raise ConfigError("backbone.lora.rank", config.lora.rank, "0 where backbone.path is empty: adapters need a trained base")
     if config.path:
         model = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=torch.float32, attn_implementation=config.attention
+            config.path, dtype=torch.float32, attn_implementation=attention_kernel(config.attention)
         )
     else:
         model = AutoModelForCausalLM.from_config(
-            shape_to_config(config.shape, vocab_size), attn_implementation=config.attention
+            shape_to_config(config.shape, vocab_size), attn_implementation=attention_kernel(config.attention)
         )
     model.config.use_cache = False
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return add_adapters(model, config.lora) if config.lora.rank else model
+
+
+def attention_kernel(attention: str) -> str:
+    """transformers' name of the kernel; `auto` works sample by sample on CPUs and leaves GPUs their fused kernel."""
+    if attention == "auto":
+        attention = "sdpa" if torch.cuda.is_available() else "packed"
+    return PACKED if attention == "packed" else attention
 
 
 def shape_to_config(shape: ShapeConfig, vocab_size: int):

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from contrec_dist.config import BackboneConfig, HeadConfig, LossConfig
 from contrec_dist.data.packed_batch import PackedBatch
 from contrec_dist.model.backbone import causal_lm, has_fast_bf16
 from contrec_dist.model.continuous_inputs import MARKER_ITEM, MARKER_USER, ContinuousInputs, ItemTable
 from contrec_dist.model.diffusion_head import DiffusionHead, HeadAverage
-from contrec_dist.model.losses import catalogue_cross_entropy, sampled_cross_entropy
+from contrec_dist.model.losses import catalogue_cross_entropy, sampled_cross_entropy, token_cross_entropy
+from contrec_dist.model.packed_attention import PACKED, PackedSpans
 
 LATENT_NOISE_SCALE = 0.8
 "E|n| of a standard normal n is 0.8, so s = sigma * n / 0.8 has E|s| = sigma"
@@ -106,9 +106,9 @@ class ContRec(nn.Module):
             head_losses = self.head.losses(
                 condition[chosen], target_latents[chosen].flatten(1), self.loss_config.dispersive_tau, generator
             )
-            logits = causal_lm(self.backbone).get_output_embeddings()(hidden[batch.text_positions]).float()
+            logits = causal_lm(self.backbone).get_output_embeddings()(hidden[batch.text_positions])
             return {
-                "lm": functional.cross_entropy(logits, batch.text_labels, reduction="sum"),
+                "lm": token_cross_entropy(logits, batch.text_labels),
                 "negative": table.cross_entropy(query, batch.target_idx, self.num_items),
                 **head_losses,
                 "num_targets": condition.new_tensor(float(len(condition)), dtype=torch.float32),
@@ -140,9 +140,9 @@ class ContRec(nn.Module):
         )  # fmt: skip
         hidden = causal_lm(self.backbone).base_model(
             inputs_embeds=embeddings.view(num_rows, row_tokens, width),
-            attention_mask=self._packed_mask(batch.segments),
             position_ids=batch.places,
             use_cache=False,
+            **self._keep_apart(batch.segments),
         ).last_hidden_state
         return hidden.flatten(0, 1)
 
@@ -158,6 +158,13 @@ class ContRec(nn.Module):
         place, value = torch.cat(positions), torch.cat([one.to(flat.dtype) for one in values])
         return flat.index_copy(0, place, value)
 
+    def _keep_apart(self, segments: Tensor) -> dict:
+        """What the backbone needs so that no position looks into another sample of its row."""
+        if causal_lm(self.backbone).config._attn_implementation != PACKED:
+            return {"attention_mask": self._packed_mask(segments)}
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=segments.device)  # else transformers makes a causal one
+        return {"attention_mask": unused, "packed_spans": PackedSpans.of(segments)}
+
     def _packed_mask(self, segments: Tensor) -> Tensor:
         """True where a position may look: its own sample, itself and before. (R, L) -> (R, 1, L, L)"""
         row_tokens = segments.shape[1]
@@ -166,8 +173,8 @@ class ContRec(nn.Module):
         return self._as_mask((same & causal)[:, None])
 
     def _as_mask(self, allowed: Tensor) -> Tensor:
-        """sdpa takes booleans; eager attention adds the mask to its scores."""
-        if self.backbone_config.attention == "sdpa":
+        """Eager attention adds the mask to its scores; the others take booleans."""
+        if self.backbone_config.attention != "eager":
             return allowed
         return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, torch.finfo(torch.float32).min)
 

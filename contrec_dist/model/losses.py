@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+
+CACHED_LOGITS = 1 << 20
+"logits (4 bytes each) that a chunk may have on a CPU: 4 MiB stay in its caches"
 
 
 def dispersive_loss(activation: Tensor, tau: float) -> Tensor:
@@ -37,26 +39,92 @@ def catalogue_cross_entropy(
 ) -> Tensor:
     """Sum over the rows of -log softmax(query . vectors + bias)[target], against every item given.
 
-    Past `max_logits` the rows go in chunks whose logits are computed again in the backward pass, so that memory is
-    bounded by max_logits instead of B x N.
+    The gradients are taken together with the loss, for at most `max_logits` logits at a time, so that memory is bounded
+    by max_logits instead of B x N and nothing is computed twice.
     Shapes   query (B, Q), vectors (N, Q), bias (N,), target (B,) rows of `vectors` -> ()
     Units    nats
+    Cost     6 B N Q FLOP in the dtype of the surrounding autocast; softmax and sums in fp32
     """
-    chunk_rows = max(1, max_logits // len(vectors))
-    if len(query) <= chunk_rows:
-        return _chunk_cross_entropy(query, vectors, bias, target)
-    total = query.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(query), chunk_rows):
-        rows = slice(start, start + chunk_rows)
-        total = total + checkpoint(
-            _chunk_cross_entropy, query[rows], vectors, bias, target[rows], use_reentrant=False
-        )
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    with torch.autocast(device, enabled=False):
+        return _CatalogueCrossEntropy.apply(query, vectors, bias, target, max(1, max_logits // len(vectors)), dtype)
+
+
+def token_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Sum over the rows of -log softmax(logits)[target], in fp32 whatever the logits' dtype, without an fp32 copy of them.
+
+    Shapes   logits (B, V), target (B,) -> ()
+    Units    nats
+    """
+    return _TokenCrossEntropy.apply(logits, target)
+
+
+class _CatalogueCrossEntropy(torch.autograd.Function):
+    """Loss and gradients in one pass over chunks of rows."""
+
+    @staticmethod
+    def forward(ctx, query, vectors, bias, target, chunk_rows, dtype):
+        low_query, low_vectors, bias = query.to(dtype), vectors.to(dtype), bias.float()
+        query_grad, vectors_grad = torch.empty_like(low_query), torch.zeros_like(vectors, dtype=torch.float32)
+        bias_grad, total = torch.zeros_like(bias), bias.new_zeros(())
+        for start in range(0, len(query), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            logits = torch.mm(low_query[rows], low_vectors.T)  # (b, N), becomes its gradient
+            total += _replace_by_gradient(logits, target[rows], bias, bias_grad)
+            torch.mm(logits, low_vectors, out=query_grad[rows])
+            vectors_grad += torch.mm(logits.T, low_query[rows])
+        ctx.save_for_backward(query_grad, vectors_grad, bias_grad)
+        ctx.dtypes = query.dtype, vectors.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        query_grad, vectors_grad, bias_grad = ctx.saved_tensors
+        query_type, vectors_type = ctx.dtypes
+        return (query_grad * scale).to(query_type), (vectors_grad * scale).to(vectors_type), bias_grad * scale, None, None, None
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    """Loss and gradient in one pass over the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        gradient = logits.clone()
+        total = _replace_by_gradient(gradient, target, None, None)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None
+
+
+def _replace_by_gradient(logits: Tensor, target: Tensor, bias: Tensor | None, bias_grad: Tensor | None) -> Tensor:
+    """Sum of the rows' cross-entropies -> (); `logits` (B, N) of any dtype become softmax - one_hot(target).
+
+    fp32 exists for a few rows at a time only: on CPUs they stay in the caches.
+    """
+    step = max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        wide = logits[rows].float() if bias is None else logits[rows] + bias
+        total += _softmax_minus_target(wide, target[rows])
+        if bias_grad is not None:
+            bias_grad += wide.sum(0)
+        logits[rows] = wide
     return total
 
 
-def _chunk_cross_entropy(query: Tensor, vectors: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    logits = query @ vectors.T + bias
-    return functional.cross_entropy(logits.float(), target, reduction="sum")
+def _softmax_minus_target(logits: Tensor, target: Tensor) -> Tensor:
+    """Sum of the rows' cross-entropies; `logits` (b, N) fp32 become its gradient, softmax - one_hot(target). -> ()"""
+    own = logits.gather(1, target[:, None])[:, 0]
+    largest = logits.amax(1, keepdim=True)
+    norm = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    logits.div_(norm).scatter_add_(1, target[:, None], logits.new_full((len(target), 1), -1.0))
+    return (norm[:, 0].log() + largest[:, 0] - own).sum()
 
 
 def sampled_cross_entropy(

@@ -139,7 +139,7 @@ def test_latents_of_users_are_normalised_like_those_of_items(make_world):
 
 
 @pytest.mark.parametrize("user_tokens", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
 def test_users_packed_in_one_row_get_the_hidden_states_they_get_alone(make_world, attention, user_tokens):
     world = make_world(HISTORIES, user_tokens=user_tokens, titled_items=1, response_drop=0.3)
     world.config.backbone.attention = attention

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from contrec_dist.model.losses import catalogue_cross_entropy, dispersive_loss, sampled_cross_entropy
+from contrec_dist.model.losses import (
+    catalogue_cross_entropy,
+    dispersive_loss,
+    sampled_cross_entropy,
+    token_cross_entropy,
+)
 
 
 def random_catalogue(num_rows=7, num_items=40, width=5, seed=0):
@@ -83,8 +88,33 @@ def test_catalogue_cross_entropy_in_chunks_keeps_no_logits_for_the_backward_pass
             catalogue_cross_entropy(query, vectors, bias, target, max_logits=max_logits)
         return max(sizes)
 
-    assert largest_saved(1 << 25) == 50 * 40  # the whole matrix, where it is small
-    assert largest_saved(5 * 40) < 50 * 40
+    gradients = 50 * 5, 40 * 5, 40
+    assert largest_saved(1 << 25) == max(gradients)
+    assert largest_saved(5 * 40) == max(gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_cross_entropy_equals_torch_and_leaves_the_logits(dtype):
+    draw = torch.Generator().manual_seed(4)
+    logits = (3 * torch.randn(33, 50, generator=draw)).to(dtype).requires_grad_()
+    target = torch.randint(50, (33,), generator=draw)
+    before = logits.detach().clone()
+    ours = token_cross_entropy(logits, target)
+    (gradient,) = torch.autograd.grad(2.0 * ours, logits)
+    wide = before.float().requires_grad_()
+    expected = functional.cross_entropy(wide, target, reduction="sum")
+    (expected_gradient,) = torch.autograd.grad(2.0 * expected, wide)
+    torch.testing.assert_close(ours, expected)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(gradient.float(), expected_gradient, atol=tolerance, rtol=tolerance)
+    assert torch.equal(logits.detach(), before)
+
+
+def test_cross_entropies_work_row_block_by_row_block_in_fp32(monkeypatch):
+    query, vectors, bias, target = random_catalogue(num_rows=13)
+    whole = catalogue_cross_entropy(query, vectors, bias, target)
+    monkeypatch.setattr("contrec_dist.model.losses.CACHED_LOGITS", 3 * 40)
+    torch.testing.assert_close(catalogue_cross_entropy(query, vectors, bias, target), whole)
 
 
 def test_sampled_cross_entropy_equals_a_hand_computed_value():

@@ -1,0 +1,108 @@
+"""Attention inside the samples of packed rows, computed sample by sample instead of over whole rows with a mask.
+
+A row of 256 positions holds ten users of 25: a masked kernel works on 256 x 256 scores to keep a tenth of them. Here the
+samples are gathered by similar length, each group is one small causal attention, and the results go back to their places.
+Cost     sum of length^2 over the samples (rounded up to the longest of their group) instead of rows * row_tokens^2.
+         On CPUs also free of the fused kernel's fixed cost, which is what decides at these lengths.
+Use      transformers calls it for `attn_implementation=PACKED`; spans reach it as the keyword `packed_spans` of the model's
+         forward. Without spans (reading with a KV cache) it is torch's scaled_dot_product_attention with the mask given.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED = "contrec_packed"
+SHORTEST_GROUP = 16
+
+
+@dataclass(frozen=True)
+class SpanGroup:
+    """Samples of similar length.
+
+    Shapes   gather (n * longest,) flat positions, padding repeats position 0; real (m,) rows of the gathered that are no
+             padding
+    """
+
+    longest: int
+    gather: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class PackedSpans:
+    """The samples of a micro-batch in groups; `positions` (M,) flat positions of all real rows, group after group."""
+
+    groups: list[SpanGroup]
+    positions: Tensor
+
+    @classmethod
+    def of(cls, segments: Tensor) -> "PackedSpans":
+        """Where samples lie: `segments` (R, L) numbers a row's samples from 1, 0 is padding."""
+        row_tokens = segments.shape[1]
+        rows = torch.arange(len(segments), device=segments.device)[:, None]
+        sample = torch.where(segments > 0, rows * (row_tokens + 1) + segments, 0).flatten()
+        names, length = torch.unique_consecutive(sample, return_counts=True)
+        start = length.cumsum(0) - length
+        start, length = start[names > 0], length[names > 0]
+        groups, below, limit = [], 0, SHORTEST_GROUP
+        while len(length) and below < int(length.max()):
+            chosen = (length > below) & (length <= limit)
+            if chosen.any():
+                groups.append(cls._group(start[chosen], length[chosen]))
+            below, limit = limit, 2 * limit
+        positions = [group.gather[group.real] for group in groups]
+        return cls(groups, torch.cat(positions) if positions else sample[:0])
+
+    @staticmethod
+    def _group(start: Tensor, length: Tensor) -> SpanGroup:
+        longest = int(length.max())
+        place = torch.arange(longest, device=start.device)
+        real = (place[None] < length[:, None]).flatten()
+        gather = torch.where(real, (start[:, None] + place[None]).flatten(), 0)
+        return SpanGroup(longest, gather, real.nonzero()[:, 0])
+
+
+def packed_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, packed_spans: PackedSpans | None = None, **kwargs,
+) -> tuple[Tensor, None]:
+    """Causal attention inside every span; padding gets zeros.
+
+    Shapes   query (R, heads, L, d), key, value (R, key heads, L, d) -> (R, L, heads, d)
+    """
+    if packed_spans is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    num_rows, num_heads, row_tokens, head_dim = query.shape
+    repeats = num_heads // key.shape[1]
+    flat = [
+        one.transpose(1, 2).reshape(num_rows * row_tokens, num_heads, head_dim)
+        for one in (query * (head_dim**-0.5 if scaling is None else scaling), repeat_kv(key, repeats), repeat_kv(value, repeats))
+    ]
+    parts = [_attend(group, *flat, dropout=dropout) for group in packed_spans.groups]
+    out = query.new_zeros(num_rows * row_tokens, num_heads, head_dim)
+    if parts:
+        out = out.index_copy(0, packed_spans.positions, torch.cat(parts))
+    return out.view(num_rows, row_tokens, num_heads, head_dim), None
+
+
+def _attend(group: SpanGroup, query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
+    """One group. Padding stands at the end of a sample, where no real position looks. -> (m, heads, d)"""
+    shape = (-1, group.longest, *query.shape[1:])
+    q, k, v = (one.index_select(0, group.gather).view(shape).transpose(1, 2) for one in (query, key, value))
+    causal = torch.full((group.longest, group.longest), -torch.inf, device=query.device, dtype=query.dtype).triu(1)
+    scores = torch.matmul(q, k.transpose(-1, -2)) + causal  # (n, heads, longest, longest)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    mixed = torch.matmul(functional.dropout(weights, dropout), v)  # (n, heads, longest, d)
+    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
+
+
+AttentionInterface.register(PACKED, packed_attention_forward)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
