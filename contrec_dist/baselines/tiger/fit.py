@@ -45,9 +45,7 @@ def load_item_embeddings(config: Config) -> np.ndarray:
 
 def backbone_config(config: Config) -> BackboneConfig:
     """The small backbone that TIGER gets: the model's own shape unless tiger.shape says otherwise."""
-    return BackboneConfig(
-        shape=config.tiger.shape or config.backbone.shape, attention="sdpa", precision=config.backbone.precision
-    )
+    return BackboneConfig(shape=config.tiger.shape or config.backbone.shape, precision=config.backbone.precision)
 
 
 def num_epochs(config: Config) -> int:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from contrec_dist.baselines.tiger.semantic_ids import START_TOKEN, SemanticIds
 from contrec_dist.config import BackboneConfig
 from contrec_dist.model.backbone import causal_lm, has_fast_bf16, load_backbone
+from contrec_dist.model.packed_attention import PACKED, PackedSpans
 
 
 class SequenceModel(nn.Module):
@@ -28,8 +29,9 @@ class SequenceModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def read(self, tokens: Tensor, *, mask: Tensor | None, places: Tensor, cache=None) -> Tensor:
+    def read(self, tokens: Tensor, *, mask: Tensor | None, places: Tensor, cache=None, **kernel) -> Tensor:
         """Hidden states. mask: (B, 1, new, total) bool, True where a position is seen; None: all earlier ones.
+        `kernel`: what the attention kernel of packed rows needs instead.
 
         Shapes   tokens, places (B, new) int64 -> (B, new, D)
         """
@@ -41,6 +43,7 @@ class SequenceModel(nn.Module):
             position_ids=places,
             past_key_values=cache,
             use_cache=cache is not None,
+            **kernel,
         ).last_hidden_state
         return F.dropout(hidden, self.dropout, self.training)
 
@@ -52,14 +55,20 @@ class SequenceModel(nn.Module):
 
     def loss(self, batch) -> Tensor:
         """Mean cross-entropy of the targets' tokens, in nats. Shapes   batch: TokenBatch -> ()"""
-        same = batch.segments[:, :, None] == batch.segments[:, None, :]
-        hidden = self.read(batch.tokens, mask=same.tril()[:, None], places=batch.places)  # (R, W, D)
+        hidden = self.read(batch.tokens, places=batch.places, **self._packed_attention(batch.segments))  # (R, W, D)
         chosen = hidden.flatten(0, 1)[batch.positions]  # (P, L, D)
         losses = [
             F.cross_entropy(self.logits(chosen[:, level], level), batch.codes[:, level])
             for level in range(len(self.sizes))
         ]
         return torch.stack(losses).mean()
+
+    def _packed_attention(self, segments: Tensor) -> dict:
+        """What keeps the samples of a row apart: their spans, or a mask, by the backbone's kernel. (R, W)"""
+        if causal_lm(self.backbone).config._attn_implementation != PACKED:
+            return {"mask": (segments[:, :, None] == segments[:, None, :]).tril()[:, None]}
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=segments.device)  # else transformers makes a causal one
+        return {"mask": unused, "packed_spans": PackedSpans.of(segments)}
 
     def autocast(self):
         """bf16 matrix products where the config and the hardware say so, as the model's."""
