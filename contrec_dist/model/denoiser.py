@@ -43,7 +43,8 @@ class ModulatedBlock(nn.Module):
 class Denoiser(nn.Module):
     """adaLN MLP from (x_t, t, condition) to features, and from features to the prediction.
 
-    Shapes   x_t (B, K*Z), step (B,), condition (B, D) -> features (B, width), middle (B, width)
+    Several noisy latents a condition may be given at once, draw after draw: the condition is embedded once for all of them.
+    Shapes   x_t (M*B, K*Z), step (M*B,), condition (B, D) -> features (M*B, width), middle (M*B, width)
     """
 
     def __init__(self, *, latent_width: int, condition_width: int, width: int, num_blocks: int):
@@ -60,8 +61,11 @@ class Denoiser(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x_t: Tensor, step: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        signal = nn.functional.silu(self.embed_condition(condition) + self.embed_step(step))  # (B, width)
-        x = self.embed_latent(x_t)  # (B, width)
+        condition = self.embed_condition(condition)  # (B, width)
+        if len(x_t) > len(condition):
+            condition = condition.repeat(len(x_t) // len(condition), 1)  # (M*B, width)
+        signal = nn.functional.silu(condition + self.embed_step(step))  # (M*B, width)
+        x = self.embed_latent(x_t)  # (M*B, width)
         middle = x
         for number, block in enumerate(self.blocks):
             x = block(x, signal)

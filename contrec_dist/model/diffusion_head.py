@@ -59,8 +59,8 @@ class DiffusionHead(nn.Module):
         Shapes   condition (B, D), latents (B, K*Z) -> {"diffusion": (), "dispersive": ()}
         """
         repeats, device = self.config.batch_mul, condition.device
-        condition = self._drop_conditions(self.norm(condition), generator).repeat(repeats, 1)  # (B*M, D)
-        x0 = latents.float().repeat(repeats, 1)  # (B*M, K*Z)
+        condition = self._drop_conditions(self.norm(condition), generator)  # (B, D)
+        x0 = latents.float().repeat(repeats, 1)  # (M*B, K*Z)
         step = torch.randint(self.config.num_train_steps, (len(x0),), generator=generator, device=device)
         noise = torch.randn(x0.shape, generator=generator, device=device)
         x_t = self.schedule.add_noise(x0, noise, step)

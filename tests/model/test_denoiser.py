@@ -79,3 +79,18 @@ def test_step_features_are_cosines_and_sines_of_falling_rates():
     angles = torch.tensor([7.0, 0.07])
     expected = torch.stack([torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.cat([angles.cos(), angles.sin()])])
     torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=0)
+
+
+def test_several_draws_of_a_condition_equal_repeated_conditions():
+    torch.manual_seed(0)
+    denoiser = Denoiser(latent_width=4, condition_width=6, width=16, num_blocks=2)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    x_t, condition, step = torch.randn(15, 4), torch.randn(5, 6, requires_grad=True), torch.randint(1000, (15,))
+    got, got_middle = denoiser(x_t, step, condition)
+    expected, expected_middle = denoiser(x_t, step, condition.repeat(3, 1))
+    torch.testing.assert_close((got, got_middle), (expected, expected_middle), atol=1e-6, rtol=1e-5)
+    weight = torch.randn(got.shape)
+    gradients = [torch.autograd.grad((weight * one).sum(), condition)[0] for one in (got, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)

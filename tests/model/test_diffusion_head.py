@@ -86,8 +86,7 @@ def test_conditions_are_dropped_at_the_rate_asked_for():
         losses(head, condition, latents)
         dropped = (seen[0] == head.null_condition.weight).all(dim=1).float().mean()
         assert float(dropped) == pytest.approx(ratio, abs=0.04)
-        repeated = (seen[0][:2000] == seen[0][2000:]).all()
-        assert repeated  # a dropped condition is dropped in all its draws
+        assert len(seen[0]) == 2000  # once for all its draws: a dropped condition is dropped in all of them
 
 
 def test_losses_leave_their_inputs_alone_and_follow_the_generator():
