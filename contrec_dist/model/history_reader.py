@@ -1,7 +1,10 @@
-"""Reads histories at scoring time: batched, one user a row, padded on the left, with a KV cache.
+"""Reads histories at scoring time: batched, one user a row.
 
-The LLM reads the history, writes its reasoning text (greedy) where asked, and the hidden state at the `<item>` that
-follows is the condition of the diffusion head.
+Without a text a row is padded on the right and read in one causal pass: no real position looks at padding, so there is
+neither a mask nor a KV cache. With a text rows are padded on the left and the LLM writes its reasoning (greedy, KV cache).
+Either way the hidden state at the `<item>` that follows is the condition of the diffusion head.
+
+Cost     layout and embedding are array operations over the whole batch; nothing loops over users.
 """
 
 from dataclasses import dataclass
@@ -11,19 +14,42 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from contrec_dist.data.prompts import PromptTexts, SampleLayout, lay_out
+from contrec_dist.data.prompts import PromptTexts
 from contrec_dist.model.backbone import causal_lm
 from contrec_dist.model.continuous_inputs import MARKER_ITEM
 from contrec_dist.model.contrec import ContRec
 
 
 @dataclass(frozen=True)
-class History:
-    """One user's history, oldest first: items (H,) int64, latents (H, K, Z) raw, user_latents (K, Z) or None."""
+class HistoryBatch:
+    """Histories laid end to end, each oldest first; row b holds the items offsets[b]:offsets[b + 1].
+
+    Shapes   items (n,) int64, offsets (B + 1,), latents (n, K, Z) raw, user_latents (B, K, Z) or None
+    """
 
     items: np.ndarray
+    offsets: np.ndarray
     latents: np.ndarray
     user_latents: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where everything stands in rows of `width` positions, flattened; the positions of prompts.lay_out, shifted.
+
+    Shapes   tokens (B * width,), real (B, width) bool, markers (m,), slots (n, K), user_slots (B, K) or (B, 0), last (B,)
+    """
+
+    width: int
+    tokens: np.ndarray
+    real: np.ndarray
+    markers: np.ndarray
+    slots: np.ndarray
+    user_slots: np.ndarray
+    last: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -42,15 +68,21 @@ class HistoryReader:
         self.device = model.latent_mean.device
 
     @torch.no_grad()
-    def read(self, histories: list[History], *, reasoning: bool) -> Reading:
+    def read(self, histories: HistoryBatch, *, reasoning: bool) -> Reading:
         """Conditions for the next item after each history; with `reasoning` the text is generated first."""
+        num_tokens = self.model.latent_mean.shape[0]
+        layout = lay_out_batch(
+            self.texts, histories.items, histories.offsets, num_item_tokens=num_tokens,
+            num_user_tokens=num_tokens if histories.user_latents is not None else 0,
+            with_final_marker=not reasoning, pad_left=reasoning,
+        )  # fmt: skip
         with self.model.autocast(self.device):
-            layouts = [self._lay_out(history, with_final_marker=not reasoning) for history in histories]
-            embeddings, real = self._embed(histories, layouts)
-            if not reasoning:
-                hidden = self._forward(embeddings, real, None)
-                return Reading(hidden[:, -1].float(), [""] * len(histories))
-            return self._read_with_text(embeddings, real)
+            embeddings = self._embed(histories, layout)
+            if reasoning:
+                return self._read_with_text(embeddings, torch.from_numpy(layout.real).to(self.device))
+            hidden = causal_lm(self.model.backbone).base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            last = torch.from_numpy(layout.last).to(self.device)
+            return Reading(hidden.flatten(0, 1)[last].float(), [""] * len(histories))
 
     def _read_with_text(self, embeddings: Tensor, real: Tensor) -> Reading:
         cache = DynamicCache()
@@ -75,42 +107,24 @@ class HistoryReader:
         reasons = [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
         return Reading(condition.float(), reasons)
 
-    def _lay_out(self, history: History, with_final_marker: bool) -> SampleLayout:
-        num_tokens = self.model.latent_mean.shape[0]
-        return lay_out(
-            self.texts,
-            history.items,
-            num_item_tokens=num_tokens,
-            num_user_tokens=num_tokens if history.user_latents is not None else 0,
-            response=np.zeros(0, dtype=np.int64),
-            with_final_marker=with_final_marker,
-        )
-
-    def _embed(self, histories: list[History], layouts: list[SampleLayout]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) padded on the left, and which positions are real (B, L)."""
-        width = max(layout.length for layout in layouts)
-        tokens = np.zeros((len(layouts), width), dtype=np.int64)
-        starts = [row * width + width - layout.length for row, layout in enumerate(layouts)]
-        for row, layout in enumerate(layouts):
-            tokens[row, width - layout.length :] = layout.tokens
-        real = torch.from_numpy(np.arange(width) >= width - np.array([one.length for one in layouts])[:, None])
-        flat = causal_lm(self.model.backbone).get_input_embeddings()(torch.from_numpy(tokens).to(self.device))
-        join = lambda arrays: torch.from_numpy(np.concatenate(arrays)).to(self.device)  # noqa: E731
-        latents = self.model.normalise(join([history.latents for history in histories]))
-        item_idx = join([history.items.astype(np.int64) for history in histories])
-        vectors, _ = self.model.items(latents.flatten(1), item_idx)
-        has_users = histories[0].user_latents is not None
+    def _embed(self, histories: HistoryBatch, layout: BatchLayout) -> Tensor:
+        """(B, width, D)"""
+        to_device = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
+        flat = causal_lm(self.model.backbone).get_input_embeddings()(to_device(layout.tokens))
+        latents = self.model.normalise(to_device(histories.latents))
+        vectors, _ = self.model.items(latents.flatten(1), to_device(histories.items))
+        users = histories.user_latents
         embeddings = self.model._insert(
-            flat.flatten(0, 1),
-            join([start + layout.slots for start, layout in zip(starts, layouts)]),
+            flat,
+            to_device(layout.slots),
             self.model.inputs.embed_items(latents, vectors),
-            join([start + layout.markers for start, layout in zip(starts, layouts)]),
-            join([start + layout.user_slots for start, layout in zip(starts, layouts)]),
-            self.model.normalise(join([history.user_latents[None] for history in histories])) if has_users else None,
+            to_device(layout.markers),
+            to_device(layout.user_slots),
+            None if users is None else self.model.normalise(to_device(users)),
         )
-        return embeddings.view(len(layouts), width, -1), real.to(self.device)
+        return embeddings.view(len(histories), layout.width, -1)
 
-    def _forward(self, embeddings: Tensor, real: Tensor, cache: DynamicCache | None) -> Tensor:
+    def _forward(self, embeddings: Tensor, real: Tensor, cache: DynamicCache) -> Tensor:
         """Hidden states of the newest positions given all that `real` covers. (B, new, D)"""
         new, total = embeddings.shape[1], real.shape[1]
         places = (real.long().cumsum(1) - 1).clamp(min=0)
@@ -123,5 +137,46 @@ class HistoryReader:
             attention_mask=self.model._as_mask(allowed[:, None]),
             position_ids=places[:, total - new :],
             past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=True,
         ).last_hidden_state
+
+
+def lay_out_batch(
+    texts: PromptTexts, items: np.ndarray, offsets: np.ndarray, *, num_item_tokens: int, num_user_tokens: int,
+    with_final_marker: bool, pad_left: bool,
+) -> BatchLayout:
+    """prompts.lay_out, without a response, of many histories at once."""
+    head, rows = len(texts.instruction), np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    titles = _written_title_lengths(texts, items, offsets, rows)
+    ends = np.cumsum(1 + num_item_tokens + titles)
+    before = np.concatenate([[0], ends])[offsets]  # positions of items in earlier rows
+    lengths = head + num_user_tokens + np.diff(before) + int(with_final_marker)
+    width = int(lengths.max())
+    first = np.arange(len(lengths)) * width + (width - lengths if pad_left else 0)  # of each row
+    starts = (first - before[:-1])[rows] + head + num_user_tokens + ends - (1 + num_item_tokens + titles)
+    tokens = np.zeros(len(lengths) * width, dtype=np.int64)
+    tokens[first[:, None] + np.arange(head)] = texts.instruction
+    place = np.arange(titles.sum()) - np.repeat(np.cumsum(titles) - titles, titles)  # inside its title
+    tokens[np.repeat(starts + 1 + num_item_tokens, titles) + place] = texts.titles.flat[
+        np.repeat(texts.titles.offsets[items], titles) + place
+    ]
+    last = first + lengths - 1
+    place = np.arange(width)
+    return BatchLayout(
+        width=width,
+        tokens=tokens,
+        real=(place >= (width - lengths)[:, None]) if pad_left else (place < lengths[:, None]),
+        markers=np.concatenate([starts, last]) if with_final_marker else starts,
+        slots=starts[:, None] + 1 + np.arange(num_item_tokens),
+        user_slots=first[:, None] + head + np.arange(num_user_tokens),
+        last=last,
+    )
+
+
+def _written_title_lengths(texts: PromptTexts, items: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Title tokens written out after each item: those of a row's newest `titled_items` (-1: all). (n,) -> (n,)"""
+    lengths = texts.titles.lengths(items)
+    if texts.config.titled_items < 0:
+        return lengths
+    age = offsets[1:][rows] - 1 - np.arange(len(items))  # 0 is the newest
+    return np.where(age < texts.config.titled_items, lengths, 0)

@@ -56,11 +56,22 @@ def start_process_group(config: Config) -> None:
         timeout=timedelta(minutes=config.launch.timeout_minutes),
         verbose=False,
     )
+    _unlink_shared_buffer()
     # torchrun, DeepSpeed and, where neither says it, the whole world
     local_ranks = int(next(filter(None, map(os.environ.get, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"))), 1))
     torch.set_num_threads(config.launch.threads or max(1, (os.cpu_count() or 1) // local_ranks))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _unlink_shared_buffer() -> None:
+    """Take the name off this rank's all-reduce buffer: the memory then goes with the last rank, even a killed one.
+
+    DeepSpeed maps 66 MiB of shared memory a CPU rank and never removes the file, so that every run would leave it behind.
+    """
+    torch.distributed.barrier()  # until every rank of this machine has mapped it
+    address, port, rank = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 def _run_first_rank(config: Config) -> None:

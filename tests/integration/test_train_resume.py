@@ -1,6 +1,7 @@
 """A training run that was stopped, killed and given a damaged checkpoint ends with the bytes of one that never was."""
 
 import json
+import re
 import shutil
 import signal
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ class Story:
     config: Config
     refused: Command
     stopped: Command
+    killed: Command
     survivors: list[psutil.Process]
     damaged: Path
     finished: Command
@@ -66,7 +68,7 @@ def story(reference, run_config, tmp_path_factory) -> Story:
     _flip_byte(damaged)
     finished = run_contrec("train", config, folder / "finished.log")
     steps["finished"] = sorted(_checkpoints(config))
-    return Story(config, refused, stopped, survivors, damaged, finished, steps)
+    return Story(config, refused, stopped, killed, survivors, damaged, finished, steps)
 
 
 def test_second_trainer_of_a_run_is_refused(story):
@@ -85,6 +87,12 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_a_clear_message(story)
 
 def test_sigkill_of_the_group_leaves_no_rank_alive(story):
     assert story.survivors == []
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="this system has no /dev/shm")
+def test_no_run_leaves_shared_memory_behind_not_even_a_killed_one(story):
+    ports = [re.search(r"--master_port (\d+)", command.log)[1] for command in (story.stopped, story.killed, story.finished)]
+    assert [path for port in ports for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*")] == []
 
 
 def test_damaged_checkpoint_is_named_and_the_older_one_taken(story):

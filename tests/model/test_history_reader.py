@@ -1,6 +1,6 @@
 """model/history_reader.py: the same condition as training, whatever the batch, the cache and the padding."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contrec_dist.data.prompts import lay_out
-from contrec_dist.model.history_reader import History, HistoryReader
+from contrec_dist.model.history_reader import BatchLayout, HistoryBatch, HistoryReader, lay_out_batch
 
 HISTORIES = [
     [1, 4, 7, 10, 13, 2, 5],
@@ -21,6 +21,23 @@ HISTORIES = [
 @pytest.fixture(params=[False, True], ids=["plain", "user_tokens"])
 def world(make_world, request):
     return make_world(HISTORIES, user_tokens=request.param, titled_items=2, max_response_tokens=7)
+
+
+@dataclass
+class History:
+    """One user's history, as a test names it."""
+
+    items: np.ndarray
+    latents: np.ndarray
+    user_latents: np.ndarray | None = None
+
+
+def batch(histories: list[History]) -> HistoryBatch:
+    """Laid end to end."""
+    own = None if histories[0].user_latents is None else np.stack([one.user_latents for one in histories])
+    items = np.concatenate([one.items for one in histories])
+    offsets = np.concatenate([[0], np.cumsum([len(one.items) for one in histories])])
+    return HistoryBatch(items, offsets, np.concatenate([one.latents for one in histories]), own)
 
 
 def make_reader(world, seed=0) -> HistoryReader:
@@ -37,29 +54,37 @@ def histories_of(world, end=None) -> list[History]:
     return found
 
 
-def read_whole(reader, history, response):
-    """Condition after a history and a response, in one pass without padding or cache."""
-    model = reader.model
+def embed_whole(reader, history, response, with_final_marker):
+    """Embeddings of one sample as prompts.lay_out lays it out, and where its response starts."""
     layout = lay_out(
         reader.texts, history.items, num_item_tokens=2, num_user_tokens=2 if history.user_latents is not None else 0,
-        response=response, with_final_marker=True,
+        response=response, with_final_marker=with_final_marker,
     )  # fmt: skip
+    whole = BatchLayout(
+        layout.length, layout.tokens, np.ones((1, layout.length), bool), layout.markers, layout.slots, layout.user_slots,
+        np.array([layout.length - 1]),
+    )  # fmt: skip
+    return reader._embed(batch([history]), whole), layout.response_start
+
+
+def read_whole(reader, history, response):
+    """Condition after a history and a response, in one pass without padding or cache."""
     with torch.no_grad():
-        embeddings, real = reader._embed([history], [layout])
-        return model.backbone.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1]
+        embeddings, _ = embed_whole(reader, history, response, with_final_marker=True)
+        return reader.model.backbone.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1]
 
 
-def test_a_batch_padded_on_the_left_equals_one_by_one(world):
+def test_a_batch_padded_on_the_right_equals_one_by_one(world):
     reader, histories = make_reader(world), histories_of(world)
-    together = reader.read(histories, reasoning=False)
-    alone = torch.cat([reader.read([one], reasoning=False).condition for one in histories])
+    together = reader.read(batch(histories), reasoning=False)
+    alone = torch.cat([reader.read(batch([one]), reasoning=False).condition for one in histories])
     torch.testing.assert_close(together.condition, alone, atol=1e-5, rtol=1e-5)
     assert together.reasons == [""] * 4 and together.condition.dtype == torch.float32
 
 
 def test_a_batch_that_writes_its_reasons_equals_one_by_one(world):
     reader, histories = make_reader(world), histories_of(world)
-    together, alone = reader.read(histories, reasoning=True), [reader.read([one], reasoning=True) for one in histories]
+    together, alone = reader.read(batch(histories), reasoning=True), [reader.read(batch([one]), reasoning=True) for one in histories]
     assert together.reasons == [one.reasons[0] for one in alone]
     torch.testing.assert_close(together.condition, torch.cat([one.condition for one in alone]), atol=1e-5, rtol=1e-5)
 
@@ -76,9 +101,9 @@ def test_training_and_scoring_give_the_same_condition_for_the_same_history(world
     order = [int(plan.user[sample]) for row in plan.rows for sample in row]
     counts = np.cumsum([len(HISTORIES[user]) - 3 for user in order])
     packed = hidden[batch.targets][counts - 1]  # the last target of each sample
-    histories = [replace(one, items=one.items[:-1], latents=one.latents[:-1]) for one in histories_of(world)]
+    histories = [History(one.items[:-1], one.latents[:-1], one.user_latents) for one in histories_of(world)]
     reader = HistoryReader(model, world.texts, world.tokenizer)
-    read = reader.read([histories[user] for user in order], reasoning=False).condition
+    read = reader.read(batch([histories[user] for user in order]), reasoning=False).condition
     torch.testing.assert_close(packed, read, atol=1e-5, rtol=1e-5)
 
 
@@ -97,7 +122,7 @@ def read_response(reader, history):
     decode = reader.tokenizer.batch_decode
     try:
         reader.tokenizer.batch_decode = lambda tokens, **settings: written.append(tokens) or decode(tokens, **settings)
-        reading = reader.read([history], reasoning=True)
+        reading = reader.read(batch([history]), reasoning=True)
     finally:
         reader.tokenizer.batch_decode = decode
     return reading, written[0][0].numpy()
@@ -114,16 +139,11 @@ def test_the_text_is_the_greedy_choice_of_the_llm_at_every_place(world):
     reader = make_reader(world)
     for history in histories_of(world):
         _, response = read_response(reader, history)
-        model = reader.model
-        layout = lay_out(
-            reader.texts, history.items, num_item_tokens=2, num_user_tokens=2 if history.user_latents is not None else 0,
-            response=response, with_final_marker=False,
-        )  # fmt: skip
         with torch.no_grad():
-            embeddings, _ = reader._embed([history], [layout])
-            hidden = model.backbone.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0]
-            choice = model.backbone.lm_head(hidden).argmax(-1).numpy()
-        place = layout.response_start - 1 + np.arange(len(response) - 1)
+            embeddings, response_start = embed_whole(reader, history, response, with_final_marker=False)
+            hidden = reader.model.backbone.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0]
+            choice = reader.model.backbone.lm_head(hidden).argmax(-1).numpy()
+        place = response_start - 1 + np.arange(len(response) - 1)
         np.testing.assert_array_equal(response[:-1], choice[place])
 
 
@@ -145,7 +165,7 @@ def test_a_row_that_ended_is_no_more_disturbed_by_rows_that_go_on(world):
         if len(lengths) > 1:
             break
     assert len(lengths) > 1, "the toy no longer ends its rows at different places; bend it otherwise"
-    together, alone = reader.read(histories, reasoning=True), [reader.read([one], reasoning=True) for one in histories]
+    together, alone = reader.read(batch(histories), reasoning=True), [reader.read(batch([one]), reasoning=True) for one in histories]
     assert together.reasons == [one.reasons[0] for one in alone]
     torch.testing.assert_close(together.condition, torch.cat([one.condition for one in alone]), atol=1e-5, rtol=1e-5)
 
@@ -155,8 +175,8 @@ def test_the_newest_item_is_seen(world):
     for history in histories_of(world):
         items = history.items.copy()
         items[-1] = 0
-        other = replace(history, items=items, latents=world.item_latents[items])
-        first, second = (reader.read([one], reasoning=False).condition for one in (history, other))
+        other = History(items, world.item_latents[items], history.user_latents)
+        first, second = (reader.read(batch([one]), reasoning=False).condition for one in (history, other))
         assert (first - second).abs().max() > 1e-4
 
 
@@ -164,9 +184,9 @@ def test_a_history_of_one_item_and_an_empty_one_are_read(world):
     reader = make_reader(world)
     one, none = histories_of(world, end=1)[0], histories_of(world, end=0)[0]
     for reasoning in (False, True):
-        together = reader.read([one, none], reasoning=reasoning).condition
+        together = reader.read(batch([one, none]), reasoning=reasoning).condition
         assert torch.isfinite(together).all()
-        torch.testing.assert_close(together[1:], reader.read([none], reasoning=reasoning).condition, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[1:], reader.read(batch([none]), reasoning=reasoning).condition, atol=1e-5, rtol=1e-5)
 
 
 def test_an_item_that_joined_after_training_is_read_by_its_latents(make_world):
@@ -176,5 +196,29 @@ def test_an_item_that_joined_after_training_is_read_by_its_latents(make_world):
     model = world.build_model()
     world.items = pl.concat([world.items, world.items[7].with_columns(item_idx=pl.lit(30, pl.Int64), title=pl.lit("A new thing"))])
     reader = HistoryReader(model, world.texts, world.tokenizer)
-    new, old = (reader.read([History(np.array([1, 4, n]), latents)], reasoning=False).condition for n in (30, 7))
+    new, old = (reader.read(batch([History(np.array([1, 4, n]), latents)]), reasoning=False).condition for n in (30, 7))
     assert torch.isfinite(new).all() and (new - old).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("titled_items", [0, 2, -1])
+@pytest.mark.parametrize("pad_left", [False, True])
+@pytest.mark.parametrize("with_final_marker", [False, True])
+@pytest.mark.parametrize("num_user_tokens", [0, 2])
+def test_a_batch_is_laid_out_as_one_by_one(make_world, titled_items, pad_left, with_final_marker, num_user_tokens):
+    """Every position of prompts.lay_out, moved to the row's place; empty histories too."""
+    texts = make_world(HISTORIES, titled_items=titled_items).texts
+    histories = [np.array(items, dtype=np.int64) for items in [*HISTORIES, [], [7]]]
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in histories])])
+    settings = {"num_item_tokens": 3, "num_user_tokens": num_user_tokens, "with_final_marker": with_final_marker}
+    got = lay_out_batch(texts, np.concatenate(histories), offsets, **settings, pad_left=pad_left)
+    alone = [lay_out(texts, one, response=np.zeros(0, np.int64), **settings) for one in histories]
+    assert got.width == max(one.length for one in alone) and got.tokens.shape == (len(histories) * got.width,)
+    for row, one in enumerate(alone):
+        first = row * got.width + (got.width - one.length if pad_left else 0)
+        real = np.flatnonzero(got.real[row]) + row * got.width
+        assert real.tolist() == list(range(first, first + one.length)) and got.last[row] == real[-1]
+        assert got.tokens[real].tolist() == one.tokens.tolist() and got.tokens[~got.real.ravel()].sum() == 0
+        mine = got.markers // got.width == row
+        assert sorted(got.markers[mine] - first) == one.markers.tolist()
+        assert (got.slots[offsets[row] : offsets[row + 1]] - first).tolist() == one.slots.tolist()
+        assert (got.user_slots[row] - first).tolist() == one.user_slots.tolist()
