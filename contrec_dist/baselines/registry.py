@@ -1,0 +1,39 @@
+"""Every baseline by name, and what a baseline module must have.
+
+    SECTIONS   config sections that are its own (they enter its identity whole), for example ("tiger",)
+    INPUTS     folders of the run that it reads beside the catalogue, for example ("embeddings",)
+    settings(config) -> dict                           values of other sections that its result depends on
+    fit(config, work) -> (Recommender, facts)          trains on training interactions alone; may save what it learned in work
+"""
+
+from importlib import import_module
+from typing import Protocol, Sequence
+
+import numpy as np
+
+from contrec_dist.errors import ConfigError
+
+BASELINES: dict[str, tuple[str, str]] = {
+    "popularity": ("contrec_dist.baselines.popularity", "the same most-trained-on items for everybody"),
+    "tiger": ("contrec_dist.baselines.tiger.baseline", "semantic ids by an RQ-VAE, a causal LM over them, beam search"),
+}
+
+
+class Recommender(Protocol):
+    """What a fitted baseline can do."""
+
+    def recommend(
+        self, histories: Sequence[np.ndarray], k: int, users: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items after each history, seen ones not left out; sorted best first, (-1, -inf) past the end.
+
+        Shapes   B histories (H,) int64, whole, oldest first; users (B,) user_idx -> item_idx (B, k) int64, scores (B, k) float32
+        """
+        ...
+
+
+def load_baseline(name: str):
+    """The module of a baseline. Errors   ConfigError naming the known ones"""
+    if name not in BASELINES:
+        raise ConfigError("baseline", name, f"one of {sorted(BASELINES)}")
+    return import_module(BASELINES[name][0])
