@@ -23,7 +23,7 @@ METRICS = ("inner_product", "l2")
 SLACK_ROWS = 16  # fetched beyond k, so that a tie at the cut seldom needs a second fetch
 CHUNK_ROWS = 16384  # catalogue rows of one matrix product
 CHUNK_QUERIES = 256  # queries of one matrix product
-CHUNK_NUMBERS = 2**22  # numbers gathered at a time when pairs are scored
+CHUNK_NUMBERS = 2**17  # numbers gathered at a time when pairs are scored: they stay in a core's cache
 CHUNK_CANDIDATES = 2**23  # candidates held at a time
 
 
@@ -60,25 +60,34 @@ def refine_top_k(
     metric: Metric,
     max_norm: float,
     fetch_epsilon: float | None,
+    ids: np.ndarray | None = None,
+    removed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Turn a fast search with rounding errors and its own tie order into one that keeps the contract.
 
     `fetch(queries, count)` gives roughly the best `count` rows; `gather` their vectors. Candidates are scored again
     exactly. While a row that was not fetched might still belong to a query's k best, given the rounding error of an
-    arithmetic with `fetch_epsilon`, more are fetched for that query. None: `fetch` is approximate by design, one round.
+    arithmetic with `fetch_epsilon`, more are fetched for that query. None: `fetch` is approximate by design, and more are
+    fetched only where removed rows left a query short of k.
+    ids (num_rows,) int64: what comes back, and breaks ties, instead of the row; removed (num_rows,) bool: never come back.
     """
     scores, found = empty_result(len(queries), k)
-    unsettled, count = np.arange(len(queries)), min(num_rows, k + SLACK_ROWS)
-    while unsettled.size and count:
+    num_live = num_rows if removed is None else num_rows - int(removed.sum())
+    unsettled, count = np.arange(len(queries)), min(num_rows, -(-(k + SLACK_ROWS) * num_rows // max(1, num_live)))
+    while unsettled.size and count and num_live:
         step, again = max(1, CHUNK_CANDIDATES // count), []
         for start in range(0, unsettled.size, step):
             rows = unsettled[start : start + step]
-            rough, candidates = fetch(queries[rows], count)
+            rough, fetched = fetch(queries[rows], count)
+            candidates = fetched if removed is None else np.where((fetched < 0) | removed[fetched], -1, fetched)
             exact = score_candidates(queries[rows], candidates, gather, metric)
-            scores[rows], found[rows] = best_first(exact, candidates, k)
-            if fetch_epsilon is not None and count < num_rows:
+            named = candidates if ids is None else np.where(candidates < 0, -1, ids[candidates])
+            scores[rows], found[rows] = best_first(exact, named, k)
+            if count < num_rows and fetch_epsilon is not None:
                 margin = rounding_margin(queries[rows], max_norm, metric, fetch_epsilon)
                 again.append(rows[scores[rows, -1] <= rough[:, -1] + margin])
+            elif count < num_rows and removed is not None:
+                again.append(rows[(found[rows, -1] < 0) & (fetched[:, -1] >= 0)])
         unsettled = np.concatenate(again) if again else unsettled[:0]
         count = min(num_rows, 4 * count)
     return scores, found
@@ -91,14 +100,14 @@ def score_candidates(
 
     Shapes   queries (B, Q), candidates (B, C) int64 -> (B, C) float32
     """
-    scores = np.full(candidates.shape, -np.inf, dtype=np.float32)
-    query_of, place = np.nonzero(candidates >= 0)
-    step = max(1, CHUNK_NUMBERS // max(1, queries.shape[1]))
-    for start in range(0, len(query_of), step):
-        rows, columns = query_of[start : start + step], place[start : start + step]
-        left = queries[rows].astype(np.float64)
-        right = np.asarray(gather(candidates[rows, columns]), dtype=np.float64)
-        scores[rows, columns] = _score_pairs(left, right, metric)
+    scores = np.empty(candidates.shape, dtype=np.float32)
+    step = max(1, CHUNK_NUMBERS // max(1, queries.shape[1] * candidates.shape[1]))
+    for start in range(0, len(queries), step):
+        piece = candidates[start : start + step]
+        left = queries[start : start + step].astype(np.float64)
+        vectors = np.asarray(gather(np.maximum(piece, 0).ravel()))
+        scores[start : start + step] = _score_pairs(left, vectors.reshape(*piece.shape, -1).astype(np.float64), metric)
+    scores[candidates < 0] = -np.inf
     return scores
 
 
@@ -176,11 +185,11 @@ def _check_finite(rows: np.ndarray, where: str, first_row: int = 0) -> None:
 
 
 def _score_pairs(left: np.ndarray, right: np.ndarray, metric: Metric) -> np.ndarray:
-    """Scores of row pairs, float64: (P, Q), (P, Q) -> (P,)."""
+    """Scores of every query with its own candidates, float64: (B, Q), (B, C, Q) -> (B, C). Writes into `right`."""
     if metric == "inner_product":
-        return np.einsum("pq,pq->p", left, right)
-    left -= right
-    return -np.einsum("pq,pq->p", left, left)
+        return np.einsum("bcq,bq->bc", right, left)
+    right -= left[:, None]
+    return -np.einsum("bcq,bcq->bc", right, right)
 
 
 def _fetch_dense(queries: np.ndarray, vectors: np.ndarray, count: int, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
