@@ -30,6 +30,14 @@ STAGES = {
 }
 COMMANDS: dict[str, tuple[str, str]] = {}
 
+STAGE_OPTIONS = {  # options that stand for a config value: stage -> option -> (section, field, help)
+    "score": {
+        "--histories": ("score", "histories_file", "score these users from a history alone; see score.histories_file"),
+        "--users": ("score", "users_file", "score these users alone; see score.users_file"),
+        "--output": ("score", "output", "folder for the lists; see score.output"),
+    },
+}
+
 
 def run_stage_by_name(name: str, config: Config) -> Manifest:
     """Run one stage. Errors   ContRecError of that stage."""
@@ -56,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary, epilog=f"example: contrec {name} --config configs/demo.yaml seed=1"
         )
         _add_config_arguments(command)
+        for option, (section, field, explanation) in STAGE_OPTIONS.get(name, {}).items():
+            command.add_argument(option, dest=f"{section}.{field}", metavar="PATH", help=explanation)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, prog=f"contrec {name}", help=summary, description=summary)
         imported = import_module(module)
@@ -90,6 +100,10 @@ def _execute(parsed: argparse.Namespace) -> int:
     if parsed.command == "pipeline":
         run_pipeline(config)
     else:
+        for section, field, _ in STAGE_OPTIONS.get(parsed.command, {}).values():
+            given = getattr(parsed, f"{section}.{field}")
+            if given is not None:
+                setattr(getattr(config, section), field, given)
         manifest = run_stage_by_name(parsed.command, config)
         Console().print(f"{parsed.command}: {config.folder(manifest.folder)}")
     return 0

@@ -113,7 +113,9 @@ def write_json(path: Path, value: object) -> None:
 def lock_folder(config: Config, folder: str) -> Iterator[None]:
     """Hold the only writer's right on a folder of the run; a second writer gets an ArtifactError."""
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    path = Path(config.run_dir) / f".{folder}.lock"
+    target = config.folder(folder)  # may lie elsewhere
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f".{target.name}.lock")
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,7 +170,8 @@ def run_stage(
     log = get_logger(stage)
     with lock_folder(config, folder):
         identity, used, input_hashes = stage_identity(config, sections, inputs, extra_identity)
-        target, work = config.folder(folder), Path(config.run_dir) / f".{folder}.partial"
+        target = config.folder(folder)
+        work = target.with_name(f".{target.name}.partial")
         done = _complete_manifest(target, identity)
         if done is not None:
             log.info("complete, skipped: %s", target)

@@ -165,10 +165,29 @@ def make_world(tmp_path, world_items, world_tokenizer):
         write_token_folder(config.folder("tokens"), histories, latents)
         config.folder("catalog").mkdir()
         world_items.write_parquet(config.folder("catalog") / "items.parquet")
+        write_histories(config.folder("catalog"), histories)
         users = draw.normal(1.0, 2.0, (len(histories), *shape)).astype(np.float32) if user_tokens else None
         return ToyWorld(config, world_items, world_tokenizer, latents, users)
 
     return make
+
+
+def write_histories(folder: Path, histories: list[list[int]]) -> None:
+    """users.parquet and histories.parquet of a catalog folder; leave-one-out where there are 3 items."""
+    numbers, lengths = range(len(histories)), [len(items) for items in histories]
+    ends = [length - 2 if length >= 3 else length for length in lengths]
+    pl.DataFrame({"user_idx": numbers, "user_id": [f"u{user}" for user in numbers]}).write_parquet(folder / "users.parquet")
+    pl.DataFrame(
+        {
+            "user_idx": numbers,
+            "items": histories,
+            "timestamps": [[0] * length for length in lengths],
+            "num_train": ends,
+            "validation_pos": [end if length >= 3 else -1 for end, length in zip(ends, lengths)],
+            "test_pos": [end + 1 if length >= 3 else -1 for end, length in zip(ends, lengths)],
+        },
+        schema_overrides={"items": pl.List(pl.Int64), "timestamps": pl.List(pl.Int64)},
+    ).write_parquet(folder / "histories.parquet")
 
 
 def write_token_folder(folder: Path, histories: list[list[int]], item_latents: np.ndarray) -> None:

@@ -4,6 +4,8 @@ Pure numpy on the contract of top_k.py: lists are sorted best first, ties by low
 Seen items come as one flat array with offsets: row b has seen[offsets[b]:offsets[b + 1]], in any order, repeats allowed.
 """
 
+from typing import Sequence
+
 import numpy as np
 
 from contrec_dist.errors import DataError
@@ -41,24 +43,39 @@ def search_unseen(
 
     Shapes   queries (B, Q) -> scores (B, k) float32, item_idx (B, k) int64
     """
+    return search_views(search, queries, k, seen_flat, seen_offsets, ("masked",))["masked"]
+
+
+def search_views(
+    search: Search, queries: np.ndarray, k: int, seen_flat: np.ndarray, seen_offsets: np.ndarray, views: Sequence[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The k best items of every row without those it has seen ('masked', as search_unseen) and with them ('kept').
+
+    One search serves both: the longer list that masking needs begins with the list that keeps everything.
+    Shapes   queries (B, Q) -> {view: (scores (B, k) float32, item_idx (B, k) int64)}
+    """
     _check_offsets(seen_flat, seen_offsets, len(queries))
     num_seen = np.diff(seen_offsets)
-    first = k + int(min(num_seen.max(initial=0), FIRST_OVERFETCH))
+    first = k + (int(min(num_seen.max(initial=0), FIRST_OVERFETCH)) if "masked" in views else 0)
     fetched_scores, fetched_idx = search(queries, first)
-    scores, item_idx = mask_seen(fetched_scores, fetched_idx, seen_flat, seen_offsets, k)
-    short = np.flatnonzero((item_idx[:, -1] < 0) & (num_seen + k > first) & (fetched_idx[:, -1] >= 0))
-    if short.size:
-        flat, offsets = select_seen(seen_flat, seen_offsets, short)
-        more_scores, more_idx = search(queries[short], k + int(num_seen[short].max()))
-        scores[short], item_idx[short] = mask_seen(more_scores, more_idx, flat, offsets, k)
-    return scores, item_idx
+    found = {"kept": (fetched_scores[:, :k], fetched_idx[:, :k])}
+    if "masked" in views:
+        scores, item_idx = mask_seen(fetched_scores, fetched_idx, seen_flat, seen_offsets, k)
+        short = np.flatnonzero((item_idx[:, -1] < 0) & (num_seen + k > first) & (fetched_idx[:, -1] >= 0))
+        if short.size:
+            flat, offsets = select_seen(seen_flat, seen_offsets, short)
+            more_scores, more_idx = search(queries[short], k + int(num_seen[short].max()))
+            scores[short], item_idx[short] = mask_seen(more_scores, more_idx, flat, offsets, k)
+        found["masked"] = scores, item_idx
+    return {view: found[view] for view in views}
 
 
 def select_seen(seen_flat: np.ndarray, seen_offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The flat array and offsets of some rows, in their order."""
-    pieces = [seen_flat[seen_offsets[row] : seen_offsets[row + 1]] for row in rows]
-    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
-    return (np.concatenate(pieces) if pieces else seen_flat[:0]), offsets
+    lengths = np.diff(seen_offsets)[rows]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    places = np.arange(offsets[-1]) + np.repeat(np.asarray(seen_offsets)[rows] - offsets[:-1], lengths)
+    return seen_flat[places], offsets
 
 
 def fuse_samples(

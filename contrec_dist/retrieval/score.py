@@ -1,13 +1,15 @@
 """The score stage: batch Top-K for every user, on Ray -> recommendations/.
 
-Two passes of exactly-once parts over fixed user ranges. The first reads histories with the model, lets the LLM write its
-reasoning, and retrieves candidates from the FAISS shards; then pi, the weight of the text similarity, is chosen on validation
-users; the second re-ranks the candidates and writes
+Exactly-once parts over fixed user ranges read histories with the model, let the LLM write its reasoning where asked, and
+retrieve from the FAISS shards. Where pi, the weight of the text similarity, is still to be chosen on validation users, the
+candidates are kept and a second pass re-ranks them; else there is one pass. Written is
 
-    recommendations/split={validation,test,next}/seen={masked,kept}/part-000000.parquet
-        user_id str, rank int64 (from 1), item_id str, score float32, reason str; sorted by user, then rank
+    <output>/split={validation,test,next}/seen={masked,kept}/part-000000.parquet     columns: recommendations.py
 
+The output is recommendations/, or a folder of its own where score.users_file or score.histories_file names the users.
 Killed and started again, a job gives the same bytes as one that never was.
+
+Cost     memory of driver and workers does not grow with the users of the catalogue: every process reads ranges.
 """
 
 import shutil
@@ -16,267 +18,179 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import torch
 
-from contrec_dist.config import Config, ScoreConfig
-from contrec_dist.errors import ArtifactError
-from contrec_dist.manifest import Manifest, run_stage
+from contrec_dist.config import Config
+from contrec_dist.errors import ConfigError
+from contrec_dist.manifest import Manifest, hash_file, run_stage
 from contrec_dist.model.export import load_export
 from contrec_dist.progress import get_logger
-from contrec_dist.retrieval.likelihood import LikelihoodRanker
-from contrec_dist.retrieval.ranking import combine_text, fuse_samples, search_unseen, select_seen
-from contrec_dist.retrieval.text_similarity import TextSimilarity
-from contrec_dist.retrieval.top_k import best_first
+from contrec_dist.retrieval.pairing import Versions, check_pairing
+from contrec_dist.retrieval.recommendations import rerank
+from contrec_dist.retrieval.retriever import Retriever
+from contrec_dist.retrieval.score_workers import CandidateWriter, DirectWriter, RecommendationWriter, views_of
+from contrec_dist.retrieval.scored_users import ScoredUsers
 from contrec_dist.retrieval.user_views import UserViews
-from sharding.faiss_shards import FaissShards
+from contrec_dist.retrieval.users_files import NamedUsers, pick_users, read_histories
 from sharding.partition import part_ranges
 from sharding.ray_jobs import Part, ray_session, remove_part_records, run_parts
 
-CANDIDATES = ".candidates"
-SEEN_VIEWS = ("masked", "kept")
+CANDIDATES, NAMED_USERS = ".candidates", ".users.parquet"
 CHOICE_CUTOFF = 10
+Range = tuple[int, int]
 
 
 def run(config: Config) -> Manifest:
-    """Score every user of config.score.splits. Errors   ArtifactError when model, tokens and index do not belong together."""
+    """Score the users of the config.
+
+    Errors   ArtifactError when catalog, tokens, model and index do not belong together; ConfigError and DataError for files
+             of users that cannot be used
+    """
+    named = config.score.users_file or config.score.histories_file
+    if config.score.users_file and config.score.histories_file:
+        raise ConfigError("score.histories_file", config.score.histories_file, "nothing where score.users_file is set")
+    if config.score.histories_file:  # new users have no targets
+        config = replace(config, score=replace(config.score, splits=["next"]))
+    if named and not Path(named).is_file():
+        raise ConfigError("score.users_file or score.histories_file", named, "a file that exists")
     return run_stage(
         config,
         stage="score",
-        folder="recommendations",
+        folder=output_folder(config),
         sections=("score", "prompt"),
         inputs=("catalog", "embeddings", "tokens", "model", "index"),
         build=_build,
+        extra_identity={"users": hash_file(Path(named))} if named else None,
     )
 
 
+def output_folder(config: Config) -> str:
+    """Where the lists go, relative to the run's folder: users of a file never replace the stage's own output."""
+    if config.score.output:
+        return str(Path(config.score.output).absolute())
+    named = config.score.users_file or config.score.histories_file
+    return f"recommendations-{Path(named).name.split('.')[0]}" if named else "recommendations"
+
+
 def _build(config: Config, work: Path) -> dict:
-    check_pairing(config)
-    users = pl.scan_parquet(config.folder("catalog") / "users.parquet")
-    ranges = part_ranges(users.select(pl.len()).collect().item(), config.score.users_per_part)
+    config = replace(config, run_dir=str(Path(config.run_dir).absolute()))  # a worker has another current folder
+    work = work.absolute()
+    versions = check_pairing(config)
+    named = name_users(config, work)
+    ranges = part_ranges(named.users.count, config.score.users_per_part)
     with ray_session(config.ray):
-        _retrieve(config, work, ranges)
-        choice = choose_text_weight(config, work, ranges)
-        get_logger("score").info("text weight pi = %g, chosen on validation", choice["text_weight"])
-        rows = _rank(config, work, ranges, choice["text_weight"])
+        job = ScoreJob(config, work, named.users, ranges, versions)
+        choice, parts = job.run()
     remove_part_records(work)
-    shutil.rmtree(work / CANDIDATES)
-    return {**choice, "rows": rows, "k": config.score.k, "rank_by": config.score.rank_by}
+    shutil.rmtree(work / CANDIDATES, ignore_errors=True)
+    (work / NAMED_USERS).unlink(missing_ok=True)
+    facts = {"model_version": versions.model, "index_version": versions.index, "k": config.score.k, "rank_by": config.score.rank_by}
+    return {**named.facts, **choice, **facts, **summarize_parts(parts)}
 
 
-def check_pairing(config: Config) -> None:
-    """The index must have been built from this model, and the model trained on these tokens and this catalogue.
-
-    Errors   ArtifactError naming both hashes
-    """
-    manifests = {name: Manifest.load(config.folder(name)) for name in ("catalog", "tokens", "model", "index")}
-    for reader, written in (("index", "model"), ("index", "tokens"), ("model", "tokens"), ("model", "catalog")):
-        made_from, there = manifests[reader].inputs[written], manifests[written].content_hash
-        if made_from != there:
-            raise ArtifactError(config.folder(reader), f"made from {written} {made_from[:16]}", f"{written} {there[:16]}")
-
-
-def scoring_device(config: Config) -> torch.device:
-    """A GPU where the workers reserve one (ray.gpus_per_worker) and torch sees it, else the CPU."""
-    return torch.device("cuda" if config.ray.gpus_per_worker and torch.cuda.is_available() else "cpu")
-
-
-class CandidateWriter:
-    """Ray worker: a range of users of one split -> their candidates, scores and reasons, one row a user."""
-
-    def __init__(self, config: Config):
-        torch.set_num_threads(1)
-        torch.manual_seed(config.seed)
-        self.config = config
-        model, tokenizer = load_export(config.folder("model"))
-        self.views = UserViews.open(config, model.to(scoring_device(config)), tokenizer)
-        self.retriever = Retriever.open(config)
-        self.texts = TextSimilarity.open(config.folder("embeddings"))
-
-    def process(self, payload: dict, path: Path) -> dict:
-        split = payload["split"]
-        users = self.views.users_with_target(split)
-        users = users[(users >= payload["start"]) & (users < payload["stop"])]
-        frame = {"user_idx": users}
-        if len(users):
-            reading = self.views.read(users, split, reasoning=self.config.score.reasoning == "generate")
-            seen = self.views.seen_items(users, split)
-            found = self.retriever.find(self.views, reading.condition, seen, seed=payload["start"])
-            frame["reason"] = reading.reasons
-            for view, (scores, item_idx) in found.items():
-                texts = self.texts.scores(reading.reasons, item_idx)
-                frame |= {f"{view}_items": item_idx, f"{view}_scores": scores, f"{view}_texts": texts}
-        pl.DataFrame(frame).write_parquet(path)
-        return {"rows": len(users)}
-
-
-SPACES = {"query": "query", "likelihood": "query", "samples": "latent"}
+def name_users(config: Config, work: Path) -> NamedUsers:
+    """The users of the config: those of a file, brought into one form, or all of the catalogue."""
+    if config.score.users_file:
+        return pick_users(config, work / NAMED_USERS)
+    if config.score.histories_file:
+        return read_histories(config, work / NAMED_USERS)
+    return NamedUsers(ScoredUsers.of_catalog(config.folder("catalog")), {})
 
 
 @dataclass
-class Retriever:
-    """Candidates of the catalogue by the ranking rule of the config."""
+class ScoreJob:
+    """The Ray parts of one scoring."""
 
-    score: ScoreConfig
-    seed: int
-    shards: FaissShards
-    item_latents: np.ndarray
-    "(N, K, Z) raw, memory-mapped"
-    log_prior: np.ndarray
-    "(N,) log of the items' share of the training interactions, one added to each"
+    config: Config
+    work: Path
+    users: ScoredUsers
+    ranges: list[Range]
+    versions: Versions
 
-    @classmethod
-    def open(cls, config: Config) -> "Retriever":
-        space = SPACES[config.score.rank_by]
-        folder = config.folder("index") / space
-        if not folder.is_dir():
-            raise ArtifactError(folder, "no such index", f"index.spaces with '{space}', which score.rank_by={config.score.rank_by} needs")
-        counts = pl.read_parquet(config.folder("catalog") / "items.parquet")["num_train"].to_numpy() + 1.0
-        latents = np.load(config.folder("tokens") / "item_latents.npy", mmap_mode="r")
-        shards = FaissShards.open(folder, config.index.device)
-        return cls(config.score, config.seed, shards, latents, np.log(counts / counts.sum()))
+    def run(self) -> tuple[dict, list[dict]]:
+        """Make all parts; how pi was chosen, and the facts of the parts."""
+        known = known_text_weight(self.config)
+        if known is not None:
+            arguments = {"users": self.users, "text_weight": known, "versions": self.versions}
+            parts = self._run_parts(DirectWriter, arguments, self._parts(), "parts")
+            return {"text_weight": known, "text_weight_ndcg": {}}, parts
+        candidates = [
+            Part(name=candidate_name(split, part), payload={"split": split, "start": start, "stop": stop})
+            for split, part, (start, stop) in self._each_range()
+        ]
+        found = self._run_parts(CandidateWriter, {"users": self.users}, candidates, "candidate parts", self.work / CANDIDATES)
+        choice = choose_text_weight(self.config, self.work, self.users, self.ranges)
+        weight = choice["text_weight"]
+        get_logger("score").info("text weight pi = %g, chosen on validation", weight)
+        arguments = {"candidates": self.work / CANDIDATES, "text_weight": weight, "versions": self.versions}
+        return choice, found + self._run_parts(RecommendationWriter, arguments, self._parts(text_weight=weight), "parts")
 
-    def find(
-        self, views: UserViews, condition: torch.Tensor, seen: list[np.ndarray], seed: int
-    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """{'masked', 'kept'} -> (scores (B, C) float32, item_idx (B, C) int64), without and with seen items."""
-        count = self.score.num_candidates
-        flat = np.concatenate(seen).astype(np.int64)
-        offsets = np.concatenate([[0], np.cumsum([len(one) for one in seen])]).astype(np.int64)
-        if SPACES[self.score.rank_by] == "query":
-            queries = views.queries(condition).cpu().numpy()
-            kept = self.shards.search(queries, count)
-            found = {"masked": search_unseen(self.shards.search, queries, count, flat, offsets), "kept": kept}
-            return self.rescore(views, condition, found, seed) if self.score.rank_by == "likelihood" else found
-        return self._find_by_samples(views, condition, flat, offsets, seed)
+    def _parts(self, **more) -> list[Part]:
+        """One part a range and split, with a file a view."""
+        parts = []
+        for split, part, (start, stop) in self._each_range():
+            views = views_of(self.config, split)
+            payload = {"split": split, "start": start, "stop": stop, "views": list(views), **more}
+            payload["candidates"] = candidate_name(split, part)
+            files = tuple(f"split={split}/seen={view}/part-{part:06d}.parquet" for view in views)
+            parts.append(Part(name=f"{split}-{part:06d}", payload=payload, files=files))
+        return parts
 
-    def _find_by_samples(
-        self, views: UserViews, condition: torch.Tensor, flat: np.ndarray, offsets: np.ndarray, seed: int
-    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """As `find`: neighbours of S sampled latents a user, fused; among unseen items alone where seen ones are masked."""
-        count, draws = self.score.num_candidates, self.score.num_samples
-        samples = views.model.head.sample(
-            condition.repeat(draws, 1),
-            num_steps=self.score.num_sampling_steps,
-            solver=self.score.solver,
-            guidance=self.score.guidance,
-            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + seed),
-        )
-        queries = samples.cpu().numpy()  # (S * B, K * Z)
-        seen = select_seen(flat, offsets, np.tile(np.arange(len(condition)), draws))
-        near = {
-            "masked": search_unseen(self.shards.search, queries, count, *seen),
-            "kept": self.shards.search(queries, count),
-        }
-        shape = (draws, len(condition), count)
-        return {
-            view: fuse_samples(scores.reshape(shape), item_idx.reshape(shape), count)
-            for view, (scores, item_idx) in near.items()
-        }
+    def _each_range(self) -> list[tuple[str, int, Range]]:
+        return [(split, part, span) for split in self.config.score.splits for part, span in enumerate(self.ranges)]
 
-    def rescore(self, views: UserViews, condition: torch.Tensor, found: dict, seed: int) -> dict:
-        """The same candidates in the order of the model's likelihood."""
-        ranker = LikelihoodRanker(
-            views.model, self.item_latents, self.log_prior,
-            num_levels=self.score.likelihood_levels, num_draws=self.score.likelihood_draws,
-        )  # fmt: skip
-        rescored = {}
-        for view, (scores, item_idx) in found.items():
-            likelihood = ranker.score(condition, item_idx, seed=self.seed * 1_000_003 + seed)
-            rescored[view] = best_first(likelihood, item_idx, item_idx.shape[1])
-        return rescored
+    def _run_parts(self, worker, arguments: dict, parts: list[Part], unit: str, folder: Path | None = None) -> list[dict]:
+        arguments = {"config": self.config, **arguments}
+        folder = folder or self.work
+        return run_parts(parts, worker, arguments, output_folder=folder, workers=self.config.ray, stage="score", unit=unit)
 
 
-class RecommendationWriter:
-    """Ray worker: candidates of a user range -> the k best by latent score + pi * text similarity, as rows of item ids."""
-
-    def __init__(self, config: Config, candidates: Path, text_weight: float):
-        self.score, self.candidates, self.text_weight = config.score, candidates, text_weight
-        self.item_ids = pl.read_parquet(config.folder("catalog") / "items.parquet")["item_id"].to_numpy()
-        self.user_ids = pl.read_parquet(config.folder("catalog") / "users.parquet")["user_id"].to_numpy()
-
-    def process(self, payload: dict, path: Path) -> dict:
-        frame = pl.read_parquet(self.candidates / candidate_name(payload["split"], payload["part"]))
-        if len(frame) == 0:
-            _empty_recommendations().write_parquet(path)
-            return {"rows": 0}
-        scores, item_idx = rerank(frame, payload["seen"], self.text_weight, self.score.k)
-        present = item_idx >= 0
-        row, column = np.nonzero(present)
-        recommendations = pl.DataFrame({
-            "user_id": self.user_ids[frame["user_idx"].to_numpy()[row]],
-            "rank": column.astype(np.int64) + 1,
-            "item_id": self.item_ids[item_idx[present]],
-            "score": scores[present].astype(np.float32),
-            "reason": frame["reason"].to_numpy()[row],
-        }, schema=_empty_recommendations().schema)  # fmt: skip
-        recommendations.write_parquet(path)
-        return {"rows": len(recommendations)}
+def known_text_weight(config: Config) -> float | None:
+    """pi where nothing is to be chosen: no text, one weight to choose from, or no validation users to choose it on (0)."""
+    if config.score.reasoning == "none":
+        return 0.0
+    if len(config.score.text_weights) == 1:
+        return config.score.text_weights[0]
+    return None if "validation" in config.score.splits else 0.0
 
 
-def rerank(frame: pl.DataFrame, seen: str, text_weight: float, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hybrid order of a candidate part. -> scores (B, k), item_idx (B, k)"""
-    scores, item_idx, texts = (frame[f"{seen}_{name}"].to_numpy() for name in ("scores", "items", "texts"))
-    return combine_text(scores, item_idx, texts, text_weight, k)
-
-
-def choose_text_weight(config: Config, work: Path, ranges: list[tuple[int, int]]) -> dict:
+def choose_text_weight(config: Config, work: Path, users: ScoredUsers, ranges: list[Range]) -> dict:
     """pi of the highest NDCG@10 on validation users (seen masked); the smaller one on a tie.
 
-    Returns {"text_weight": pi, "text_weight_ndcg": {pi: NDCG@10}}; without reasoning, or without validation users, pi = 0.
+    Returns {"text_weight": pi, "text_weight_ndcg": {pi: NDCG@10}}
     """
-    if config.score.reasoning == "none" or "validation" not in config.score.splits:
-        return {"text_weight": 0.0, "text_weight_ndcg": {}}
-    histories = pl.read_parquet(config.folder("catalog") / "histories.parquet").filter(pl.col("validation_pos") >= 0)
-    target = dict(histories.select("user_idx", pl.col("items").list.get(pl.col("validation_pos"))).rows())
-    gains = {weight: [] for weight in config.score.text_weights}
-    for part in range(len(ranges)):
+    totals, count = {weight: 0.0 for weight in config.score.text_weights}, 0
+    for part, (start, stop) in enumerate(ranges):
         frame = pl.read_parquet(work / CANDIDATES / candidate_name("validation", part))
-        if len(frame) == 0:
-            continue
-        wanted = np.array([target[user] for user in frame["user_idx"].to_list()])[:, None]
-        for weight in gains:
+        wanted = users.load("validation", start, stop).targets[:, None]
+        count += len(frame)
+        for weight in totals if len(frame) else ():
             _, item_idx = rerank(frame, "masked", weight, CHOICE_CUTOFF)
-            hit, place = np.nonzero(item_idx == wanted)
-            gains[weight].append(np.bincount(hit, 1 / np.log2(place + 2), minlength=len(frame)))
-    means = {weight: float(np.concatenate(values).mean()) if values else 0.0 for weight, values in gains.items()}
+            _, place = np.nonzero(item_idx == wanted)
+            totals[weight] += float((1 / np.log2(place + 2)).sum())
+    means = {weight: total / max(1, count) for weight, total in totals.items()}
     best = max(sorted(means), key=lambda weight: (round(means[weight], 6), -weight))
     return {"text_weight": best, "text_weight_ndcg": {str(weight): value for weight, value in means.items()}}
+
+
+def summarize_parts(parts: list[dict]) -> dict:
+    """Rows, and what the workers said of their time and memory: seconds a step, over all workers; the highest peak."""
+    steps: dict[str, float] = {}
+    for one in parts:
+        for step, seconds in one["seconds"].items():
+            steps[step] = steps.get(step, 0.0) + seconds
+    users, total = sum(one["users"] for one in parts), sum(steps.values())
+    shares = ", ".join(f"{step} {seconds / total:.0%}" for step, seconds in steps.items()) if total else ""
+    get_logger("score").info("%d users, %.0f a second and worker: %s", users, users / max(total, 1e-9), shares)
+    return {
+        "rows": sum(one["rows"] for one in parts),
+        "worker_seconds": {step: round(seconds, 3) for step, seconds in steps.items()},
+        "worker_peak_bytes": max((one["peak_bytes"] for one in parts), default=0),
+    }
 
 
 def candidate_name(split: str, part: int) -> str:
     """File of a candidate part."""
     return f"{split}-{part:06d}.parquet"
-
-
-def _retrieve(config: Config, work: Path, ranges: list[tuple[int, int]]) -> None:
-    parts = [
-        Part(name=candidate_name(split, part), payload={"split": split, "start": start, "stop": stop})
-        for split in config.score.splits
-        for part, (start, stop) in enumerate(ranges)
-    ]
-    run_parts(
-        parts, CandidateWriter, {"config": _absolute(config)}, output_folder=work / CANDIDATES, workers=config.ray,
-        stage="score", unit="candidate parts",
-    )  # fmt: skip
-
-
-def _rank(config: Config, work: Path, ranges: list[tuple[int, int]], text_weight: float) -> int:
-    parts = [
-        Part(
-            name=f"split={split}/seen={seen}/part-{part:06d}.parquet",
-            payload={"split": split, "seen": seen, "part": part, "text_weight": text_weight},
-        )
-        for split in config.score.splits
-        for seen in SEEN_VIEWS
-        for part in range(len(ranges))
-    ]
-    arguments = {
-        "config": _absolute(config), "candidates": (work / CANDIDATES).absolute(), "text_weight": text_weight
-    }  # fmt: skip
-    facts = run_parts(
-        parts, RecommendationWriter, arguments, output_folder=work, workers=config.ray, stage="score", unit="parts"
-    )
-    return sum(one["rows"] for one in facts)
 
 
 def sampler_curve(config: Config, steps: list[int], num_users: int) -> dict[int, dict]:
@@ -286,27 +200,15 @@ def sampler_curve(config: Config, steps: list[int], num_users: int) -> dict[int,
     """
     model, tokenizer = load_export(config.folder("model"))
     views = UserViews.open(config, model, tokenizer)
-    users = views.users_with_target("validation")
+    everyone = views.users.with_target("validation")
     # Spread over the catalogue of users: sources often list them by age or by item, so the first ones are no sample.
-    users = users[np.linspace(0, len(users) - 1, min(num_users, len(users))).astype(np.int64)]
-    condition = views.read(users, "validation", reasoning=False).condition
-    seen = views.seen_items(users, "validation")
-    positions = views.target_positions("validation")[users]
-    target = np.array([views.reader.read(int(user)).items[place] for user, place in zip(users, positions)])
+    spread = np.linspace(0, len(everyone) - 1, min(num_users, len(everyone))).astype(np.int64)
+    users = views.users.pick("validation", everyone[spread])
+    condition = views.read_users(users, reasoning=False).condition
     opened = Retriever.open(replace(config, score=replace(config.score, rank_by="samples")))
     curve = {}
     for count in steps:
         retriever = replace(opened, score=replace(opened.score, num_sampling_steps=count))
-        _, item_idx = retriever.find(views, condition, seen, seed=0)["masked"]
-        curve[count] = {"hr@10": float((item_idx[:, :10] == target[:, None]).any(axis=1).mean())}
+        _, item_idx = retriever.find(views, condition, users, seed=0, wanted=("masked",))["masked"]
+        curve[count] = {"hr@10": float((item_idx[:, :10] == users.targets[:, None]).any(axis=1).mean())}
     return curve
-
-
-def _empty_recommendations() -> pl.DataFrame:
-    schema = {"user_id": pl.String, "rank": pl.Int64, "item_id": pl.String, "score": pl.Float32, "reason": pl.String}
-    return pl.DataFrame(schema=schema)
-
-
-def _absolute(config: Config) -> Config:
-    """A copy whose run folder does not depend on the worker's current folder."""
-    return replace(config, run_dir=str(Path(config.run_dir).absolute()))

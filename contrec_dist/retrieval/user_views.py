@@ -1,4 +1,4 @@
-"""Users as the scoring sees them: the history before a target, read by the model, turned into queries or samples."""
+"""Users as the scoring sees them: the history before a target, read by the model, turned into queries."""
 
 from dataclasses import dataclass
 
@@ -10,62 +10,56 @@ from torch import Tensor
 from contrec_dist.config import Config
 from contrec_dist.data.prompts import PromptTexts
 from contrec_dist.model.contrec import ContRec
-from contrec_dist.model.history_reader import History, HistoryReader, Reading
-from sharding.token_reader import TokenReader
+from contrec_dist.model.history_reader import HistoryBatch, HistoryReader, Reading
+from contrec_dist.retrieval.scored_users import ScoredUsers, Users
 
 
 @dataclass
 class UserViews:
-    """Histories of every user for the splits 'validation', 'test' and 'next' (everything seen so far)."""
+    """Histories for the splits 'validation', 'test' and 'next' (everything seen so far), and what the model makes of them."""
 
     config: Config
     model: ContRec
-    reader: TokenReader
     history_reader: HistoryReader
+    item_latents: np.ndarray
+    "(N, K, Z) raw; may be memory-mapped"
     user_latents: np.ndarray | None
+    "(U, K, Z), of the catalogue's users"
+    users: ScoredUsers
 
     @classmethod
-    def open(cls, config: Config, model: ContRec, tokenizer) -> "UserViews":
+    def open(cls, config: Config, model: ContRec, tokenizer, users: ScoredUsers | None = None) -> "UserViews":
+        """`users`: who is read; None: the catalogue's own."""
         from contrec_dist.training.train import load_user_latents
 
         items = pl.read_parquet(config.folder("catalog") / "items.parquet")
-        texts = PromptTexts(items, tokenizer, config.prompt)
-        reader = TokenReader(config.folder("tokens"))
-        return cls(config, model, reader, HistoryReader(model, texts, tokenizer), load_user_latents(config))
+        latents = np.load(config.folder("tokens") / "item_latents.npy", mmap_mode="r")
+        reader = HistoryReader(model, PromptTexts(items, tokenizer, config.prompt), tokenizer)
+        users = users or ScoredUsers.of_catalog(config.folder("catalog"))
+        return cls(config, model, reader, latents, load_user_latents(config), users)
 
     @property
     def num_users(self) -> int:
-        return self.reader.num_samples
-
-    def target_positions(self, split: str) -> np.ndarray:
-        """Place of the target in each user's items, -1 for none; for 'next' the place after the last. (U,)"""
-        if split == "next":
-            return self.reader.num_items.astype(np.int64)
-        return {"validation": self.reader.validation_pos, "test": self.reader.test_pos}[split]
-
-    def users_with_target(self, split: str) -> np.ndarray:
-        """Users that the split asks about. (n,) int64"""
-        return np.nonzero(self.target_positions(split) >= 0)[0]
-
-    def seen_items(self, users: np.ndarray, split: str) -> list[np.ndarray]:
-        """Every item that each user met before the target."""
-        ends = self._ends(users, split)
-        return [self.reader.read(int(user)).items[:end].astype(np.int64) for user, end in zip(users, ends)]
+        return self.users.count
 
     def read(self, users: np.ndarray, split: str, *, reasoning: bool) -> Reading:
-        """Conditions and reasons of the users, in their order; batches hold users of like length."""
-        ends = self._ends(users, split)
-        lengths = np.minimum(ends, self.config.prompt.max_history)
+        """Conditions and reasons of users by their number, in their order."""
+        return self.read_users(self.users.pick(split, users), reasoning=reasoning)
+
+    def read_users(self, users: Users, *, reasoning: bool) -> Reading:
+        """Conditions and reasons, in the users' order; batches hold users of like length."""
+        lengths = np.minimum(np.diff(users.offsets), self.config.prompt.max_history)
         order = np.argsort(lengths, kind="stable")
-        condition, reasons = None, [""] * len(users)
+        width = self.model.head.norm.normalized_shape[0]
+        condition = torch.zeros(len(users), width, device=self.history_reader.device)
+        reasons = [""] * len(users)
         for start in range(0, len(users), self.config.score.batch_users):
             rows = order[start : start + self.config.score.batch_users]
-            reading = self.history_reader.read([self._history(users[row], ends[row]) for row in rows], reasoning=reasoning)
-            if condition is None:
-                condition = reading.condition.new_zeros(len(users), reading.condition.shape[1])
+            reading = self.history_reader.read(self._histories(users, rows), reasoning=reasoning)
             condition[torch.from_numpy(rows)] = reading.condition
-            for row, reason in zip(rows, reading.reasons):
-                reasons[row] = reason
+            if reasoning:
+                for row, reason in zip(rows, reading.reasons):
+                    reasons[row] = reason
         return Reading(condition, reasons)
 
     @torch.no_grad()
@@ -75,15 +69,12 @@ class UserViews:
             query = self.model.head.query(condition).float()
         return torch.cat([query, query.new_ones(len(query), 1)], dim=1)
 
-    def _ends(self, users: np.ndarray, split: str) -> np.ndarray:
-        """History lengths; users without a target are read up to what training saw."""
-        positions = self.target_positions(split)[users]
-        return np.where(positions >= 0, positions, self.reader.num_train[users])
-
-    def _history(self, user: int, end: int) -> History:
-        sample = self.reader.read(int(user))
-        newest = slice(max(0, int(end) - self.config.prompt.max_history), int(end))
+    def _histories(self, users: Users, rows: np.ndarray) -> HistoryBatch:
+        items, offsets = users.newest(rows, self.config.prompt.max_history)
+        # The token shards, from which training read, hold half precision.
+        latents = self.item_latents[items].astype(np.float16).astype(np.float32)
         own = None
         if self.user_latents is not None:
-            own = self.user_latents[user]
-        return History(sample.items[newest].astype(np.int64), sample.latents[newest].astype(np.float32), own)
+            known = users.user_idx[rows]
+            own = np.where((known >= 0)[:, None, None], self.user_latents[np.maximum(known, 0)], np.float32(0.0))
+        return HistoryBatch(items, offsets, latents, own)

@@ -32,7 +32,7 @@ class History:
     user_latents: np.ndarray | None = None
 
 
-def batch(histories: list[History]) -> HistoryBatch:
+def join_histories(histories: list[History]) -> HistoryBatch:
     """Laid end to end."""
     own = None if histories[0].user_latents is None else np.stack([one.user_latents for one in histories])
     items = np.concatenate([one.items for one in histories])
@@ -64,7 +64,7 @@ def embed_whole(reader, history, response, with_final_marker):
         layout.length, layout.tokens, np.ones((1, layout.length), bool), layout.markers, layout.slots, layout.user_slots,
         np.array([layout.length - 1]),
     )  # fmt: skip
-    return reader._embed(batch([history]), whole), layout.response_start
+    return reader._embed(join_histories([history]), whole), layout.response_start
 
 
 def read_whole(reader, history, response):
@@ -76,15 +76,15 @@ def read_whole(reader, history, response):
 
 def test_a_batch_padded_on_the_right_equals_one_by_one(world):
     reader, histories = make_reader(world), histories_of(world)
-    together = reader.read(batch(histories), reasoning=False)
-    alone = torch.cat([reader.read(batch([one]), reasoning=False).condition for one in histories])
+    together = reader.read(join_histories(histories), reasoning=False)
+    alone = torch.cat([reader.read(join_histories([one]), reasoning=False).condition for one in histories])
     torch.testing.assert_close(together.condition, alone, atol=1e-5, rtol=1e-5)
     assert together.reasons == [""] * 4 and together.condition.dtype == torch.float32
 
 
 def test_a_batch_that_writes_its_reasons_equals_one_by_one(world):
     reader, histories = make_reader(world), histories_of(world)
-    together, alone = reader.read(batch(histories), reasoning=True), [reader.read(batch([one]), reasoning=True) for one in histories]
+    together, alone = reader.read(join_histories(histories), reasoning=True), [reader.read(join_histories([one]), reasoning=True) for one in histories]
     assert together.reasons == [one.reasons[0] for one in alone]
     torch.testing.assert_close(together.condition, torch.cat([one.condition for one in alone]), atol=1e-5, rtol=1e-5)
 
@@ -103,7 +103,7 @@ def test_training_and_scoring_give_the_same_condition_for_the_same_history(world
     packed = hidden[batch.targets][counts - 1]  # the last target of each sample
     histories = [History(one.items[:-1], one.latents[:-1], one.user_latents) for one in histories_of(world)]
     reader = HistoryReader(model, world.texts, world.tokenizer)
-    read = reader.read(batch([histories[user] for user in order]), reasoning=False).condition
+    read = reader.read(join_histories([histories[user] for user in order]), reasoning=False).condition
     torch.testing.assert_close(packed, read, atol=1e-5, rtol=1e-5)
 
 
@@ -122,7 +122,7 @@ def read_response(reader, history):
     decode = reader.tokenizer.batch_decode
     try:
         reader.tokenizer.batch_decode = lambda tokens, **settings: written.append(tokens) or decode(tokens, **settings)
-        reading = reader.read(batch([history]), reasoning=True)
+        reading = reader.read(join_histories([history]), reasoning=True)
     finally:
         reader.tokenizer.batch_decode = decode
     return reading, written[0][0].numpy()
@@ -165,7 +165,7 @@ def test_a_row_that_ended_is_no_more_disturbed_by_rows_that_go_on(world):
         if len(lengths) > 1:
             break
     assert len(lengths) > 1, "the toy no longer ends its rows at different places; bend it otherwise"
-    together, alone = reader.read(batch(histories), reasoning=True), [reader.read(batch([one]), reasoning=True) for one in histories]
+    together, alone = reader.read(join_histories(histories), reasoning=True), [reader.read(join_histories([one]), reasoning=True) for one in histories]
     assert together.reasons == [one.reasons[0] for one in alone]
     torch.testing.assert_close(together.condition, torch.cat([one.condition for one in alone]), atol=1e-5, rtol=1e-5)
 
@@ -176,7 +176,7 @@ def test_the_newest_item_is_seen(world):
         items = history.items.copy()
         items[-1] = 0
         other = History(items, world.item_latents[items], history.user_latents)
-        first, second = (reader.read(batch([one]), reasoning=False).condition for one in (history, other))
+        first, second = (reader.read(join_histories([one]), reasoning=False).condition for one in (history, other))
         assert (first - second).abs().max() > 1e-4
 
 
@@ -184,9 +184,9 @@ def test_a_history_of_one_item_and_an_empty_one_are_read(world):
     reader = make_reader(world)
     one, none = histories_of(world, end=1)[0], histories_of(world, end=0)[0]
     for reasoning in (False, True):
-        together = reader.read(batch([one, none]), reasoning=reasoning).condition
+        together = reader.read(join_histories([one, none]), reasoning=reasoning).condition
         assert torch.isfinite(together).all()
-        torch.testing.assert_close(together[1:], reader.read(batch([none]), reasoning=reasoning).condition, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[1:], reader.read(join_histories([none]), reasoning=reasoning).condition, atol=1e-5, rtol=1e-5)
 
 
 def test_an_item_that_joined_after_training_is_read_by_its_latents(make_world):
@@ -196,7 +196,7 @@ def test_an_item_that_joined_after_training_is_read_by_its_latents(make_world):
     model = world.build_model()
     world.items = pl.concat([world.items, world.items[7].with_columns(item_idx=pl.lit(30, pl.Int64), title=pl.lit("A new thing"))])
     reader = HistoryReader(model, world.texts, world.tokenizer)
-    new, old = (reader.read(batch([History(np.array([1, 4, n]), latents)]), reasoning=False).condition for n in (30, 7))
+    new, old = (reader.read(join_histories([History(np.array([1, 4, n]), latents)]), reasoning=False).condition for n in (30, 7))
     assert torch.isfinite(new).all() and (new - old).abs().max() > 1e-4
 
 

@@ -12,7 +12,10 @@ from contrec_dist.embeddings.textual import TextEncoder, join_item_text
 from contrec_dist.errors import ArtifactError
 from contrec_dist.model.history_reader import HistoryReader
 from contrec_dist.retrieval.ranking import fuse_samples
-from contrec_dist.retrieval.score import CANDIDATES, Retriever, candidate_name, choose_text_weight, rerank
+from contrec_dist.retrieval.recommendations import rerank
+from contrec_dist.retrieval.retriever import Retriever
+from contrec_dist.retrieval.score import CANDIDATES, candidate_name, choose_text_weight, known_text_weight
+from contrec_dist.retrieval.scored_users import ScoredUsers
 from contrec_dist.retrieval.text_similarity import TextSimilarity
 from contrec_dist.retrieval.top_k import exact_top_k
 from contrec_dist.retrieval.user_views import UserViews
@@ -117,11 +120,17 @@ def choice_config(tmp_path) -> Config:
     """Four users; user 3 has no validation target."""
     config = Config(name="toy", run_dir=str(tmp_path), score=ScoreConfig(text_weights=[0.0, 0.5, 2.0]))
     config.folder("catalog").mkdir(parents=True)
+    pl.DataFrame({"user_idx": range(4), "user_id": list("abcd")}).write_parquet(config.folder("catalog") / "users.parquet")
     pl.DataFrame({
-        "user_idx": [0, 1, 2, 3], "items": [[7, 1, 4], [8, 2, 4], [9, 3, 4], [5]], "validation_pos": [1, 1, 1, -1],
+        "user_idx": range(4), "items": [[7, 1, 4], [8, 2, 4], [9, 3, 4], [5]], "num_train": [1, 1, 1, 1],
+        "validation_pos": [1, 1, 1, -1], "test_pos": [2, 2, 2, -1],
     }).write_parquet(config.folder("catalog") / "histories.parquet")  # fmt: skip
     (tmp_path / CANDIDATES).mkdir()
     return config
+
+
+def choose(config, folder, ranges) -> dict:
+    return choose_text_weight(config, folder, ScoredUsers.of_catalog(config.folder("catalog")), ranges)
 
 
 def write_candidates(folder, *frames):
@@ -136,7 +145,7 @@ def test_the_text_weight_is_that_of_the_highest_ndcg_on_validation_users(choice_
     )
     second = candidate_frame([2], [[3, 9, 8]], [[1.0, 0.9, 0.8]], [[0.0, 0.15, 0.2]])
     write_candidates(tmp_path, first, second)
-    choice = choose_text_weight(choice_config, tmp_path, [(0, 2), (2, 4)])
+    choice = choose(choice_config, tmp_path, [(0, 2), (2, 4)])
     second_place, third_place = 1 / math.log2(3), 1 / math.log2(4)
     expected = {"0.0": (2 * second_place + 1) / 3, "0.5": (1 + second_place + 1) / 3, "2.0": (1 + 1 + third_place) / 3}
     assert choice["text_weight_ndcg"] == pytest.approx(expected)
@@ -146,14 +155,22 @@ def test_the_text_weight_is_that_of_the_highest_ndcg_on_validation_users(choice_
 def test_a_tie_goes_to_the_smaller_text_weight(choice_config, tmp_path):
     write_candidates(tmp_path, candidate_frame([0], [[1, 9]], [[1.0, 0.9]], [[0.0, 0.0]]))
     choice_config.score.text_weights = [2.0, 0.5]
-    assert choose_text_weight(choice_config, tmp_path, [(0, 4)])["text_weight"] == 0.5
+    assert choose(choice_config, tmp_path, [(0, 1)])["text_weight"] == 0.5
 
 
-def test_without_reasons_or_validation_users_the_text_has_no_say(choice_config, tmp_path):
+def test_without_reasons_or_validation_users_the_text_has_no_say(choice_config):
+    assert known_text_weight(choice_config) is None  # it is to be chosen
     choice_config.score.reasoning = "none"
-    assert choose_text_weight(choice_config, tmp_path, [(0, 4)]) == {"text_weight": 0.0, "text_weight_ndcg": {}}
+    assert known_text_weight(choice_config) == 0.0
     choice_config.score.reasoning, choice_config.score.splits = "generate", ["test"]
-    assert choose_text_weight(choice_config, tmp_path, [(0, 4)])["text_weight"] == 0.0
+    assert known_text_weight(choice_config) == 0.0
+
+
+def test_a_single_text_weight_is_not_chosen_but_taken(choice_config):
+    choice_config.score.text_weights = [0.25]
+    for splits in (["next"], ["validation", "test"]):
+        choice_config.score.splits = splits
+        assert known_text_weight(choice_config) == 0.25
 
 
 # -- candidates ---------------------------------------------------------------------------------------------------
@@ -168,15 +185,17 @@ def views(make_world) -> UserViews:
     latents = model.catalogue(torch.device("cpu")).flatten(1).numpy()
     for space, rows, metric in (("query", vectors, "inner_product"), ("latent", latents, "l2")):
         FaissShards.build(rows, np.arange(30), world.config.folder("index") / space, FLAT, metric, rows[:20])
-    return UserViews(world.config, model, world.reader, HistoryReader(model, world.texts, world.tokenizer), None)
+    reader = HistoryReader(model, world.texts, world.tokenizer)
+    return UserViews(world.config, model, reader, world.item_latents, None, ScoredUsers.of_catalog(world.config.folder("catalog")))
 
 
 def find(views, rank_by, users=None, seed=0):
     """Condition of the test users, what they have seen, and what the retriever finds."""
     views.config.score.rank_by = rank_by
-    users = views.users_with_target("test") if users is None else users
-    condition, seen = views.read(users, "test", reasoning=False).condition, views.seen_items(users, "test")
-    return condition, seen, Retriever.open(views.config).find(views, condition, seen, seed=seed)
+    picked = views.users.pick("test", np.arange(4) if users is None else users)
+    condition = views.read_users(picked, reasoning=False).condition
+    seen = [picked.items[start:stop] for start, stop in zip(picked.offsets, picked.offsets[1:])]
+    return condition, seen, Retriever.open(views.config).find(views, condition, picked, seed=seed)
 
 
 def test_candidates_by_query_are_the_highest_products_with_the_item_vectors(views):
@@ -224,10 +243,11 @@ def test_the_denoiser_runs_once_a_step_for_all_users_and_samples_together(views,
     counts = []
     for users in (np.array([0]), np.arange(4)):
         views.config.score.rank_by = rank_by
-        condition, seen = views.read(users, "test", reasoning=False).condition, views.seen_items(users, "test")
+        picked = views.users.pick("test", users)
+        condition = views.read_users(picked, reasoning=False).condition
         calls = []
         hook = views.model.head.denoiser.register_forward_hook(lambda *arguments: calls.append(1))
-        found = Retriever.open(views.config).find(views, condition, seen, seed=0)
+        found = Retriever.open(views.config).find(views, condition, picked, seed=0)
         hook.remove()
         counts.append(len(calls))
         assert all(array.shape == (len(users), 9) for pair in found.values() for array in pair)

@@ -37,10 +37,10 @@ def source_files(config: Config) -> dict[str, Path]:
 def read(config: Config) -> RawLogs:
     """Read both files by the columns that the config names."""
     files = source_files(config)
-    interactions = _read_table(files["source.interactions_file"], interaction_columns(config.source))
+    interactions = read_table(files["source.interactions_file"], interaction_columns(config.source))
     items = None
     if "source.items_file" in files:
-        items = _read_table(files["source.items_file"], item_columns(config.source), key="source.items_file")
+        items = read_table(files["source.items_file"], item_columns(config.source), key="source.items_file")
     return RawLogs(interactions=interactions, items=items)
 
 
@@ -63,7 +63,7 @@ def _named_columns(source: SourceConfig, keys: dict[str, str]) -> dict[str, tupl
     return {name: pair for name, pair in named.items() if pair[1]}
 
 
-def _read_table(path: Path, columns: dict[str, tuple[str, str]], key: str = "source.interactions_file") -> RawTable:
+def read_table(path: Path, columns: dict[str, tuple[str, str]], key: str = "source.interactions_file") -> RawTable:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix in SEPARATORS:
         return _read_delimited(path, columns, SEPARATORS[suffix])

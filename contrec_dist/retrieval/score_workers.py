@@ -1,0 +1,140 @@
+"""What Ray workers of the score stage do with a range of users. Every part depends on its range and the config alone."""
+
+import resource
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import polars as pl
+import torch
+
+from contrec_dist.config import Config
+from contrec_dist.data.catalog import ITEMS_FILE
+from contrec_dist.model.export import load_export
+from contrec_dist.retrieval.pairing import Versions
+from contrec_dist.retrieval.recommendations import write_rows
+from contrec_dist.retrieval.retriever import Retriever
+from contrec_dist.retrieval.scored_users import ScoredUsers
+from contrec_dist.retrieval.text_similarity import TextSimilarity
+from contrec_dist.retrieval.user_views import UserViews
+
+
+def views_of(config: Config, split: str) -> tuple[str, ...]:
+    """Lists without seen items ('masked'), with them ('kept'): both where they are judged, else as score.filter_seen says."""
+    if split != "next":
+        return "masked", "kept"
+    return ("masked",) if config.score.filter_seen else ("kept",)
+
+
+def scoring_device(config: Config) -> torch.device:
+    """A GPU where the workers reserve one (ray.gpus_per_worker) and torch sees it, else the CPU."""
+    return torch.device("cuda" if config.ray.gpus_per_worker and torch.cuda.is_available() else "cpu")
+
+
+class StepClock:
+    """Seconds that a part spends in each of its steps."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def time(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] += time.perf_counter() - start
+
+    def facts(self, users: int, rows: int) -> dict:
+        """What a part tells the driver; memory is the process's highest so far."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"users": users, "rows": rows, "seconds": dict(self.seconds), "peak_bytes": peak}
+
+
+@dataclass
+class CandidateFinder:
+    """Users of a range -> one row a user: user_idx, user_id, reason, and {view}_items, {view}_scores[, {view}_texts]."""
+
+    config: Config
+    views: UserViews
+    retriever: Retriever
+    texts: TextSimilarity | None
+
+    @classmethod
+    def open(cls, config: Config, users: ScoredUsers) -> "CandidateFinder":
+        torch.set_num_threads(1)
+        torch.manual_seed(config.seed)
+        model, tokenizer = load_export(config.folder("model"))
+        views = UserViews.open(config, model.to(scoring_device(config)), tokenizer, users)
+        reasoning = config.score.reasoning == "generate"
+        texts = TextSimilarity.open(config.folder("embeddings")) if reasoning else None
+        return cls(config, views, Retriever.open(config), texts)
+
+    def find(self, split: str, start: int, stop: int, wanted: Sequence[str], clock: StepClock) -> pl.DataFrame:
+        with clock.time("histories"):
+            users = self.views.users.load(split, start, stop)
+        frame = {"user_idx": users.user_idx, "user_id": users.user_ids, "reason": [""] * len(users)}
+        if len(users):
+            with clock.time("model"):
+                reading = self.views.read_users(users, reasoning=self.texts is not None)
+                frame["reason"] = reading.reasons
+            with clock.time("search"):
+                found = self.retriever.find(self.views, reading.condition, users, seed=start, wanted=wanted)
+            for view, (scores, item_idx) in found.items():
+                frame |= {f"{view}_items": item_idx, f"{view}_scores": scores}
+                if self.texts is not None:
+                    with clock.time("texts"):
+                        frame[f"{view}_texts"] = self.texts.scores(reading.reasons, item_idx)
+        return pl.DataFrame(frame, schema_overrides={"reason": pl.String})
+
+
+class CandidateWriter:
+    """Ray worker: a range of users of one split -> their candidates, for the choice of pi and the second pass."""
+
+    def __init__(self, config: Config, users: ScoredUsers):
+        self.config, self.finder = config, CandidateFinder.open(config, users)
+
+    def process(self, payload: dict, path: Path) -> dict:
+        clock = StepClock()
+        wanted = views_of(self.config, payload["split"])
+        frame = self.finder.find(payload["split"], payload["start"], payload["stop"], wanted, clock)
+        with clock.time("writing"):
+            frame.write_parquet(path)
+        return clock.facts(len(frame), 0)
+
+
+class RecommendationWriter:
+    """Ray worker: the candidates of a range -> the k best by latent score + pi * text similarity, as rows of item ids."""
+
+    def __init__(self, config: Config, candidates: Path, text_weight: float, versions: Versions):
+        self.candidates = candidates
+        self.settings = writing_settings(config, text_weight, versions)
+
+    def process(self, payload: dict, *paths: Path) -> dict:
+        clock = StepClock()
+        with clock.time("writing"):
+            frame = pl.read_parquet(self.candidates / payload["candidates"])
+            rows = sum(write_rows(frame, view, path, **self.settings) for view, path in zip(payload["views"], paths))
+        return clock.facts(0, rows)
+
+
+class DirectWriter:
+    """Ray worker: both at once, where pi is known before."""
+
+    def __init__(self, config: Config, users: ScoredUsers, text_weight: float, versions: Versions):
+        self.finder = CandidateFinder.open(config, users)
+        self.settings = writing_settings(config, text_weight, versions)
+
+    def process(self, payload: dict, *paths: Path) -> dict:
+        clock = StepClock()
+        frame = self.finder.find(payload["split"], payload["start"], payload["stop"], payload["views"], clock)
+        with clock.time("writing"):
+            rows = sum(write_rows(frame, view, path, **self.settings) for view, path in zip(payload["views"], paths))
+        return clock.facts(len(frame), rows)
+
+
+def writing_settings(config: Config, text_weight: float, versions: Versions) -> dict:
+    """What write_rows needs besides the candidates."""
+    item_ids = pl.read_parquet(config.folder("catalog") / ITEMS_FILE, columns=["item_id"])["item_id"]
+    return {"text_weight": text_weight, "k": config.score.k, "item_ids": item_ids, "versions": versions}
