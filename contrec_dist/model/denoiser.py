@@ -44,7 +44,9 @@ class Denoiser(nn.Module):
     """adaLN MLP from (x_t, t, condition) to features, and from features to the prediction.
 
     Several noisy latents a condition may be given at once, draw after draw: the condition is embedded once for all of them.
+    At one step for all, as in sampling, the modulation too is computed once a condition, and once in all for a single one.
     Shapes   x_t (M*B, K*Z), step (M*B,), condition (B, D) -> features (M*B, width), middle (M*B, width)
+             x_t (M, B, K*Z), step (1,), condition (B, D) or (1, D) -> features (M, B, width), middle (M, B, width)
     """
 
     def __init__(self, *, latent_width: int, condition_width: int, width: int, num_blocks: int):
@@ -62,7 +64,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, step: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         condition = self.embed_condition(condition)  # (B, width)
-        if len(x_t) > len(condition):
+        if x_t.ndim == 2 and len(x_t) > len(condition):
             condition = condition.repeat(len(x_t) // len(condition), 1)  # (M*B, width)
         signal = nn.functional.silu(condition + self.embed_step(step))  # (M*B, width)
         x = self.embed_latent(x_t)  # (M*B, width)

@@ -14,6 +14,8 @@ from contrec_dist.model.losses import dispersive_loss
 from contrec_dist.model.noise_schedule import NoiseSchedule
 from contrec_dist.model.samplers import sample
 
+SAMPLE_ROWS = 2048  # latents that are denoised at a time
+
 
 class DiffusionHead(nn.Module):
     """Generates the K*Z latents of the next item given a condition.
@@ -72,33 +74,36 @@ class DiffusionHead(nn.Module):
         }
 
     def predict_x0(self, x_t: Tensor, step: Tensor, condition: Tensor) -> Tensor:
-        """Denoised latents, fp32. x_t (B, K*Z), step (B,), condition (B, D) after the norm -> (B, K*Z)."""
+        """Denoised latents, fp32, for the shapes of Denoiser.forward; condition after the norm. -> as x_t"""
         features, _ = self.denoiser(x_t, step, condition)
         return self.schedule.to_x0(self.denoiser.output(features).float(), x_t, step, self.config.prediction)
 
     @torch.no_grad()
     def sample(
-        self, condition: Tensor, *, num_steps: int, solver: str, guidance: float, generator: torch.Generator
+        self, condition: Tensor, *, num_samples: int = 1, num_steps: int, solver: str, guidance: float,
+        generator: torch.Generator,
     ) -> Tensor:
-        """One latent per condition by `num_steps` solver steps: x0 = (1 + w) x0(h) - w x0(null).
+        """`num_samples` latents a condition by `num_steps` solver steps: x0 = (1 + w) x0(h) - w x0(null).
 
-        Shapes   condition (B, D) -> (B, K*Z), normalised latents, float32
+        Conditions go through in chunks that fit a core's cache, each drawing its noise after the one before.
+        Shapes   condition (B, D) -> (S, B, K*Z), normalised latents, float32
         """
-        condition = self.norm(condition.float())
-        null = self.null_conditions(len(condition))
+        condition, null = self.norm(condition.float()), self.null_conditions(1)
+        drawn = condition.new_empty(num_samples, len(condition), self.latent_width)
+        for start in range(0, len(condition), max(1, SAMPLE_ROWS // num_samples)):
+            part = condition[start : start + max(1, SAMPLE_ROWS // num_samples)]
 
-        def denoise(x_t: Tensor, step: Tensor) -> Tensor:
-            if guidance == 0.0:
-                return self.predict_x0(x_t, step, condition)
-            both = self.predict_x0(x_t.repeat(2, 1), step.repeat(2), torch.cat([condition, null]))
-            conditional, unconditional = both.chunk(2)
-            return (1 + guidance) * conditional - guidance * unconditional
+            def denoise(x_t: Tensor, step: Tensor, part: Tensor = part) -> Tensor:
+                conditional = self.predict_x0(x_t, step[:1], part)
+                if guidance == 0.0:
+                    return conditional
+                return conditional + guidance * (conditional - self.predict_x0(x_t, step[:1], null))
 
-        shape = (len(condition), self.latent_width)
-        return sample(
-            denoise, self.schedule, shape=shape, num_steps=num_steps, solver=solver, generator=generator,
-            device=condition.device,
-        )
+            drawn[:, start : start + len(part)] = sample(
+                denoise, self.schedule, shape=(num_samples, len(part), self.latent_width), num_steps=num_steps,
+                solver=solver, generator=generator, device=condition.device,
+            )
+        return drawn
 
     def null_conditions(self, count: int) -> Tensor:
         """The learned condition that says nothing, as guidance and likelihood need it. -> (count, D)"""

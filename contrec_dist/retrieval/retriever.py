@@ -65,13 +65,14 @@ class Retriever:
         """Neighbours of S sampled latents a user, fused; among unseen items alone where seen ones are masked."""
         count, draws = self.num_candidates, self.score.num_samples
         samples = views.model.head.sample(
-            condition.repeat(draws, 1),
+            condition,
+            num_samples=draws,
             num_steps=self.score.num_sampling_steps,
             solver=self.score.solver,
             guidance=self.score.guidance,
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + seed),
         )
-        queries = samples.cpu().numpy()  # (S * B, K * Z)
+        queries = samples.flatten(0, 1).cpu().numpy()  # (S * B, K * Z)
         seen = select_seen(users.items, users.offsets, np.tile(np.arange(len(condition)), draws))
         near = search_views(self.shards.search, queries, count, *seen, wanted)
         shape = (draws, len(condition), count)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from contrec_dist.config import HeadConfig
+from contrec_dist.model import diffusion_head
 from contrec_dist.model.diffusion_head import DiffusionHead, HeadAverage
 
 WIDTH, LATENT = 6, 4
@@ -32,13 +33,14 @@ def losses(head, condition, latents, seed=0):
 
 def draw(head, condition, seed=0, **changes):
     settings = {"num_steps": 4, "solver": "dpm", "guidance": 1.0, **changes}
-    return head.sample(condition, **settings, generator=torch.Generator().manual_seed(seed))
+    samples = head.sample(condition, **settings, generator=torch.Generator().manual_seed(seed))
+    return samples if "num_samples" in changes else samples[0]
 
 
 def count_calls(head) -> list[int]:
-    """Rows of every call of the denoiser from now on."""
+    """Latents of every call of the denoiser from now on."""
     calls = []
-    head.denoiser.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
+    head.denoiser.register_forward_hook(lambda module, arguments, output: calls.append(arguments[0].numel() // LATENT))
     return calls
 
 
@@ -136,10 +138,30 @@ def test_the_number_of_denoiser_calls_does_not_depend_on_the_number_of_users():
         condition, _ = make_batch(rows)
         calls = count_calls(head)
         draw(head, condition, num_steps=5, guidance=1.0)
-        assert calls == [2 * rows] * 5
+        assert calls == [rows] * 10  # five steps, each with and without the condition
         calls.clear()
         head.query(condition)
         assert calls == [rows]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_samples_that_share_a_modulation_equal_samples_of_repeated_conditions(guidance):
+    """Three samples a condition against conditions named three times: the slow reference, over the same noise."""
+    head, (condition, _) = make_head(), make_batch()
+    for solver in ("ddim", "dpm", "ddpm"):
+        together = draw(head, condition, solver=solver, guidance=guidance, num_samples=3)
+        alone = draw(head, condition.repeat(3, 1), solver=solver, guidance=guidance)
+        torch.testing.assert_close(together.flatten(0, 1), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_conditions_in_chunks_draw_one_after_the_other(monkeypatch):
+    head, (condition, _) = make_head(), make_batch()
+    monkeypatch.setattr(diffusion_head, "SAMPLE_ROWS", 6)
+    got = draw(head, condition, num_samples=2)
+    generator = torch.Generator().manual_seed(0)
+    settings = {"num_samples": 2, "num_steps": 4, "solver": "dpm", "guidance": 1.0, "generator": generator}
+    expected = [head.sample(part, **settings) for part in condition.split(3)]
+    torch.testing.assert_close(got, torch.cat(expected, dim=1), atol=1e-6, rtol=1e-6)
 
 
 def test_sampling_stays_in_fp32_inside_autocast_callers():

@@ -12,7 +12,7 @@ from contrec_dist.errors import ArtifactError
 from contrec_dist.model.backbone import load_backbone
 from contrec_dist.model.contrec import ContRec
 from contrec_dist.model.export import load_export, save_export
-from contrec_dist.model.history_reader import History, HistoryReader
+from contrec_dist.model.history_reader import HistoryBatch, HistoryReader
 from contrec_dist.training.zero3 import parameter_groups
 
 HISTORIES = [[1, 4, 7, 10, 13, 2, 5], [3, 6, 9, 12]]
@@ -36,9 +36,10 @@ def use_average(model) -> None:
 def results(model, world) -> list[torch.Tensor]:
     """Hidden states, queries, samples and item vectors."""
     reader = HistoryReader(model, world.texts, world.tokenizer)
-    users = world.user_latents if world.user_latents is not None else [None] * len(HISTORIES)
-    histories = [History(np.array(one), world.item_latents[one], own) for one, own in zip(HISTORIES, users)]
-    condition = reader.read(histories, reasoning=True).condition
+    users = None if world.user_latents is None else world.user_latents[: len(HISTORIES)]
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in HISTORIES])])
+    items = np.concatenate(HISTORIES)
+    condition = reader.read(HistoryBatch(items, offsets, world.item_latents[items], users), reasoning=True).condition
     with torch.no_grad():
         query = model.head.query(condition)
     settings = {"num_steps": 3, "solver": "dpm", "guidance": 1.0}

@@ -222,11 +222,11 @@ def test_candidates_by_samples_are_the_fused_neighbours_of_what_the_head_draws(v
     condition, _, found = find(views, "samples", seed=7)
     score = views.config.score
     samples = views.model.head.sample(
-        condition.repeat(3, 1), num_steps=2, solver=score.solver, guidance=score.guidance,
+        condition, num_samples=3, num_steps=2, solver=score.solver, guidance=score.guidance,
         generator=torch.Generator().manual_seed(views.config.seed * 1_000_003 + 7),
     )  # fmt: skip
     latents = views.model.catalogue(torch.device("cpu")).flatten(1).numpy()
-    scores, item_idx = exact_top_k(samples.numpy(), latents, 9, "l2")
+    scores, item_idx = exact_top_k(samples.flatten(0, 1).numpy(), latents, 9, "l2")
     expected = fuse_samples(scores.reshape(3, -1, 9), item_idx.reshape(3, -1, 9), 9)
     assert np.array_equal(found["kept"][1], expected[1])
 
@@ -237,9 +237,12 @@ def test_retrieval_is_a_function_of_the_seed(views):
     assert not np.array_equal(first[0], other[0])
 
 
-@pytest.mark.parametrize(("rank_by", "calls_expected"), [("query", 1), ("samples", 2)])
+@pytest.mark.parametrize(("rank_by", "calls_expected"), [("query", 1), ("samples", 4)])
 def test_the_denoiser_runs_once_a_step_for_all_users_and_samples_together(views, rank_by, calls_expected):
-    """No loop over users, and no users x items matrix: what is found has num_candidates columns."""
+    """No loop over users, and no users x items matrix: what is found has num_candidates columns.
+
+    Samples take two steps, each with and without the condition.
+    """
     counts = []
     for users in (np.array([0]), np.arange(4)):
         views.config.score.rank_by = rank_by
