@@ -7,27 +7,30 @@ other. An item without training interactions has a collaborative part of zeros, 
 
 Writes       items.npy, users.npy, user_known.npy, layout.json, standardisation.safetensors, text_encoder/
 Guarantees   validation and test interactions influence nothing that is written; the same inputs give the same bytes.
-Cost         see collaborative.py and textual.py. Memory: two copies of items.npy.
+Cost         see collaborative.py and textual.py. Memory: the item table as strings (200 bytes an item), the collaborative
+             tables, and CHUNK_ITEMS texts at a time; text vectors go through a file.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import polars as pl
 from safetensors.numpy import load_file, save_file
 
 from contrec_dist.config import Config
-from contrec_dist.data.catalog import Histories, load_items
+from contrec_dist.data.catalog import HISTORIES_FILE, Histories, load_items
 from contrec_dist.errors import ConfigError
 from contrec_dist.embeddings.collaborative import fit_lightgcn
 from contrec_dist.embeddings.textual import TextEncoder, join_item_text
 from contrec_dist.manifest import Manifest, hash_file, hash_json, run_stage, write_json
-from contrec_dist.progress import get_logger
+from contrec_dist.progress import get_logger, track
 
 ENCODER_FOLDER = "text_encoder"
 STATISTICS_NAME = "standardisation.safetensors"
+RAW_TEXT_NAME = ".text.npy.tmp"
+CHUNK_ITEMS = 65_536
 
 
 @dataclass(kw_only=True)
@@ -40,12 +43,19 @@ class Standardisation:
     "root of the mean variance; 1 where there is none"
 
     @classmethod
-    def fit(cls, rows: np.ndarray) -> "Standardisation":
-        """Statistics of `rows` (n, dim); of no rows: the identity."""
-        if rows.size == 0:
+    def fit(cls, rows: np.ndarray, known: np.ndarray | None = None) -> "Standardisation":
+        """Statistics of `rows` (n, dim), of those that `known` (n,) marks if given, by chunks; of no rows: the identity."""
+        known = np.ones(len(rows), bool) if known is None else known
+        count = int(known.sum())
+        if count == 0 or rows.shape[1] == 0:
             return cls(mean=np.zeros(rows.shape[1], np.float32), scale=1.0)
-        variance = float(rows.var(axis=0, dtype=np.float64).mean())
-        return cls(mean=rows.mean(axis=0, dtype=np.float64).astype(np.float32), scale=float(np.sqrt(variance)) or 1.0)
+
+        def average(transform: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+            return sum(transform(rows[part][known[part]]).sum(axis=0, dtype=np.float64) for part in _chunks(len(rows))) / count
+
+        mean = average(lambda chunk: chunk)
+        variance = float(average(lambda chunk: (chunk - mean) ** 2).mean())
+        return cls(mean=mean.astype(np.float32), scale=float(np.sqrt(variance)) or 1.0)
 
     def apply(self, rows: np.ndarray) -> np.ndarray:
         """Shapes   (n, dim) -> (n, dim) float32"""
@@ -88,58 +98,96 @@ def hash_model(text_model: str) -> str:
 
 
 def _build(config: Config, work_dir: Path) -> dict:
-    items, edges, num_users = _read_catalog(config.folder("catalog"))
-    user_known, item_known = _mark_known(edges, num_users, len(items))
-    item_part, user_part, losses = _embed_edges(edges, num_users, len(items), config)
-    text = _embed_text(items, config, work_dir / ENCODER_FOLDER)
-    collaborative_of = Standardisation.fit(item_part[item_known])
-    text_of = Standardisation.fit(text[item_known])
-    collaborative = np.where(item_known[:, None], collaborative_of.apply(item_part), 0).astype(np.float32)
-    embedding = np.concatenate([collaborative, text_of.apply(text)], axis=1)  # (N, E)
-    if embedding.shape[1] == 0:
+    items, user_known = load_items(config.folder("catalog")), _read_known_users(config.folder("catalog"))
+    item_known = items["num_train"].to_numpy() > 0
+    num_edges = int(items["num_train"].sum())
+    item_part, user_part, losses = _embed_edges(config, len(user_known), len(items))
+    text = _embed_text(items, config, work_dir)
+    width = item_part.shape[1] + text.shape[1]
+    if width == 0:
         raise ConfigError("embed", "no collaborative part and text_dim 0", "at least one of the two")
-    users = Standardisation.fit(user_part[user_known]).apply(user_part)
-    arrays = {"items.npy": embedding, "users.npy": np.where(user_known[:, None], users, 0).astype(np.float32), "user_known.npy": user_known}
+    collaborative_of, text_of = Standardisation.fit(item_part, item_known), Standardisation.fit(text, item_known)
+    chunks = _join_parts(item_part, text, item_known, collaborative_of, text_of)
+    _write_rows(work_dir / "items.npy", (len(items), width), chunks)
+    (work_dir / RAW_TEXT_NAME).unlink()
+    users = Standardisation.fit(user_part, user_known).apply(user_part)
+    arrays = {"users.npy": np.where(user_known[:, None], users, 0).astype(np.float32), "user_known.npy": user_known}
     _save(work_dir, arrays, collaborative_of, text_of)
+    shapes = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
     return {
-        "collaborative_dim": collaborative.shape[1],
+        "collaborative_dim": item_part.shape[1],
         "text_dim": text.shape[1],
-        "training_edges": len(edges),
+        "training_edges": num_edges,
         "items_without_training": int((~item_known).sum()),
         "users_without_training": int((~user_known).sum()),
         "bpr_loss": [round(loss, 6) for loss in losses],
-        "files": {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()},
+        "files": {"items.npy": {"shape": [len(items), width], "dtype": "float32"}, **shapes},
     }
 
 
-def _read_catalog(folder: Path) -> tuple[pl.DataFrame, np.ndarray, int]:
-    """Items, the training edges (M, 2) int64 of (user_idx, item_idx), and the number of users."""
-    histories = Histories.load(folder)
-    return load_items(folder), np.stack(histories.training_edges(), axis=1).astype(np.int64), histories.num_users
+def _read_known_users(folder: Path) -> np.ndarray:
+    """Which users have a training interaction. Shapes   (U,) bool"""
+    return pl.scan_parquet(folder / HISTORIES_FILE).select(pl.col("num_train") > 0).collect()["num_train"].to_numpy()
 
 
-def _mark_known(edges: np.ndarray, num_users: int, num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which users and which items have a training edge. Shapes   (U,) bool, (N,) bool"""
-    users, items = np.zeros(num_users, bool), np.zeros(num_items, bool)
-    users[edges[:, 0]], items[edges[:, 1]] = True, True
-    return users, items
+def _chunks(num_rows: int) -> list[slice]:
+    return [slice(start, start + CHUNK_ITEMS) for start in range(0, num_rows, CHUNK_ITEMS)]
 
 
-def _embed_edges(edges: np.ndarray, num_users: int, num_items: int, config: Config) -> tuple[np.ndarray, np.ndarray, list[float]]:
+def _join_parts(
+    collaborative: np.ndarray, text: np.ndarray, known: np.ndarray, collaborative_of: Standardisation, text_of: Standardisation
+) -> Iterator[np.ndarray]:
+    """Chunks of the item table: both parts standardised, side by side. Shapes   yields (n, E) float32"""
+    for part in _chunks(len(known)):
+        learned = np.where(known[part, None], collaborative_of.apply(collaborative[part]), 0).astype(np.float32)
+        yield np.concatenate([learned, text_of.apply(text[part])], axis=1)
+
+
+def _write_rows(path: Path, shape: tuple[int, int], chunks: Iterator[np.ndarray]) -> None:
+    """Write chunks one after another as one float32 .npy file."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for chunk in chunks:
+            chunk.tofile(file)
+
+
+def _embed_edges(config: Config, num_users: int, num_items: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Collaborative embeddings of items and users, of width 0 where they are switched off, and the losses."""
     if config.embed.collaborative == "none":
         return np.zeros((num_items, 0), np.float32), np.zeros((num_users, 0), np.float32), []
+    edges = np.stack(Histories.load(config.folder("catalog")).training_edges(), axis=1).astype(np.int64)  # (M, 2)
     learned = fit_lightgcn(edges, num_users, num_items, config.embed, config.seed)
     get_logger("embed").info("LightGCN: %d edges, loss %.4f -> %.4f", len(edges), learned.losses[0], learned.losses[-1])
     return learned.items, learned.users, learned.losses
 
 
-def _embed_text(items: pl.DataFrame, config: Config, folder: Path) -> np.ndarray:
-    """Text embeddings of the catalogue; the encoder is saved in `folder`. Shapes   -> (N, text width) float32"""
-    texts = [join_item_text(*row) for row in items.select("title", "category", "brand", "text").iter_rows()]
+class ItemTexts(Sequence):
+    """The texts of the catalogue's items, joined when they are asked for."""
+
+    def __init__(self, items: pl.DataFrame):
+        self.columns = items.select("title", "category", "brand", "text")
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __iter__(self) -> Iterator[str]:
+        return (join_item_text(*row) for row in self.columns.iter_rows())
+
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [join_item_text(*row) for row in self.columns[place].iter_rows()]
+        return join_item_text(*self.columns.row(place))
+
+
+def _embed_text(items: pl.DataFrame, config: Config, work_dir: Path) -> np.ndarray:
+    """Text embeddings of the catalogue, on the disk; the encoder is saved. Shapes   -> (N, text width) float32, mapped"""
+    texts = ItemTexts(items)
     encoder = TextEncoder.fit(texts, config.embed, config.seed)
-    encoder.save(folder)
-    return encoder.encode(texts)
+    encoder.save(work_dir / ENCODER_FOLDER)
+    parts = _chunks(len(texts))
+    tracked = track(parts, stage="embed", unit=f"chunks of {CHUNK_ITEMS} texts", total=len(parts)) if len(parts) > 1 else parts
+    _write_rows(work_dir / RAW_TEXT_NAME, (len(texts), encoder.dim), (encoder.encode(texts[part]) for part in tracked))
+    return np.load(work_dir / RAW_TEXT_NAME, mmap_mode="r")
 
 
 def _save(folder: Path, arrays: dict[str, np.ndarray], collaborative: Standardisation, text: Standardisation) -> None:

@@ -1,7 +1,7 @@
 """Stage tokenize: embeddings -> tokenizer/.
 
 Trains the items' sigma-VAE, and where users have embeddings a smaller run of the same for users, on the rows that
-have training interactions; measures what the items' kept (probes.py).
+have training interactions (MAX_FIT_ROWS of them, drawn by the seed, where there are more); measures what the items' kept.
 
 Writes       item_tokenizer.{safetensors,json}, user_tokenizer.* when users have embeddings, probes.json, losses.json
 Guarantees   the probes are measured on the tokenizer as it was read back from the files that precompute will load.
@@ -25,6 +25,7 @@ from contrec_dist.tokenizer.sigma_vae import SigmaVAE
 ITEM_TOKENIZER = "item_tokenizer"
 USER_TOKENIZER = "user_tokenizer"
 USER_STEPS_DIVISOR = 4
+MAX_FIT_ROWS = 262_144
 TABLE_COLUMNS = ("bits", "relative_mse", "neighbour_overlap", "neighbour_overlap_decoded", "effective_rank", "collision_rate")
 
 
@@ -53,11 +54,19 @@ def _build(config: Config, work_dir: Path) -> dict:
 def _read_training_rows(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of the items and of the users that have training interactions. Shapes   (n, E), (u, E_u) float32"""
     folder = config.folder("embeddings")
-    items, users, user_known = (np.load(folder / name) for name in ("items.npy", "users.npy", "user_known.npy"))
+    items, users, user_known = (np.load(folder / name, mmap_mode="r") for name in ("items.npy", "users.npy", "user_known.npy"))
     num_train = load_items(config.folder("catalog"))["num_train"].to_numpy()
     if len(num_train) != len(items):
         raise ArtifactError(folder / "items.npy", f"{len(items)} rows", f"the catalogue's {len(num_train)}")
-    return items[num_train > 0], users[user_known]
+    return _draw_rows(items, num_train > 0, config.seed), _draw_rows(users, user_known, config.seed)
+
+
+def _draw_rows(table: np.ndarray, known: np.ndarray, seed: int) -> np.ndarray:
+    """The rows that `known` marks, at most MAX_FIT_ROWS of them, in their order."""
+    rows = np.flatnonzero(known)
+    if len(rows) > MAX_FIT_ROWS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_FIT_ROWS, replace=False))
+    return np.array(table[rows])
 
 
 def _fit_and_save(rows: np.ndarray, config: Config, folder: Path, name: str, num_steps: int) -> list[dict]:

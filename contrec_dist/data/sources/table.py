@@ -1,4 +1,4 @@
-"""Any CSV, TSV, Parquet or JSON Lines file (gz too) whose columns the config names.
+"""Any CSV, TSV, Parquet or JSON Lines file (gz too), or folder of Parquet files, whose columns the config names.
 
 Guarantees: text columns are read as text, so ids keep leading zeros; a row with too many fields is a fault, a row with
 too few has empty ones; line numbers are those of the file, quoted line breaks included. Cost: one CSV file is held in
@@ -9,6 +9,8 @@ import csv
 import io
 import shutil
 import sys
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import Iterator
 
@@ -21,27 +23,54 @@ from contrec_dist.data.sources.text_files import find_file, open_binary
 from contrec_dist.errors import ConfigError, DataError
 
 OVERFLOW = "__too_many_fields"
+INTERACTIONS_KEY, ITEMS_KEY = "source.interactions_file", "source.items_file"
+NUMBERS = ("time", "order", "rating")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
 def source_files(config: Config) -> dict[str, Path]:
-    """The interactions file and, if named, the item file."""
-    source = config.source
-    files = {"source.interactions_file": find_file(config, "source.interactions_file", source.interactions_file)}
-    if source.items_file:
-        files["source.items_file"] = find_file(config, "source.items_file", source.items_file)
-    return files
+    """The interactions file and, if named, the item file; of a folder, each of its files under the key and its name."""
+    return {label: path for files in _named_files(config).values() for label, path in files.items()}
 
 
 def read(config: Config) -> RawLogs:
     """Read both files by the columns that the config names."""
-    files = source_files(config)
-    interactions = read_table(files["source.interactions_file"], interaction_columns(config.source))
-    items = None
-    if "source.items_file" in files:
-        items = read_table(files["source.items_file"], item_columns(config.source), key="source.items_file")
-    return RawLogs(interactions=interactions, items=items)
+    columns = {INTERACTIONS_KEY: interaction_columns(config.source)}
+    files = _named_files(config)
+    if ITEMS_KEY in files:
+        columns[ITEMS_KEY] = item_columns(config.source)
+    tables = {key: _join_tables([read_table(path, columns[key], key) for path in files[key].values()]) for key in columns}
+    return RawLogs(interactions=tables[INTERACTIONS_KEY], items=tables.get(ITEMS_KEY))
+
+
+def _named_files(config: Config) -> dict[str, dict[str, Path]]:
+    """{config key: {label: path}} of the file that the key names, or of the Parquet files in the folder that it names."""
+    source, files = config.source, {}
+    for key, name in ((INTERACTIONS_KEY, source.interactions_file), (ITEMS_KEY, source.items_file)):
+        folder = Path(source.path) / name
+        if name and source.path and folder.is_dir():
+            paths = sorted(folder.glob("*.parquet"))
+            if not paths:
+                raise ConfigError(key, f"{folder}, a folder without *.parquet", "a file, or a folder of Parquet files")
+            files[key] = {f"{key}/{path.name}": path for path in paths}
+        elif name or key == INTERACTIONS_KEY:
+            files[key] = {key: find_file(config, key, name)}
+    return files
+
+
+def _join_tables(tables: list[RawTable]) -> RawTable:
+    """Files of one folder as one table: the rows of a file follow those of the files before it."""
+    if len(tables) == 1:
+        return tables[0]
+    stops = list(accumulate(len(table.frame) for table in tables))
+    frames = [table.frame.with_columns(pl.col("row") + stop - len(table.frame)) for table, stop in zip(tables, stops)]
+
+    def locate(rows: list[int]) -> list[str]:
+        places = [(bisect_right(stops, row), row) for row in rows]
+        return [tables[file].locate([row - stops[file] + len(tables[file].frame)])[0] for file, row in places]
+
+    return RawTable(frame=pl.concat(frames), path=tables[0].path.parent, locate=locate)
 
 
 def interaction_columns(source: SourceConfig) -> dict[str, tuple[str, str]]:
@@ -63,7 +92,7 @@ def _named_columns(source: SourceConfig, keys: dict[str, str]) -> dict[str, tupl
     return {name: pair for name, pair in named.items() if pair[1]}
 
 
-def read_table(path: Path, columns: dict[str, tuple[str, str]], key: str = "source.interactions_file") -> RawTable:
+def read_table(path: Path, columns: dict[str, tuple[str, str]], key: str = INTERACTIONS_KEY) -> RawTable:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix in SEPARATORS:
         return _read_delimited(path, columns, SEPARATORS[suffix])
@@ -150,11 +179,11 @@ def _read_parquet(path: Path, columns: dict[str, tuple[str, str]]) -> RawTable:
 
 
 def _plain_column(column: pl.Series, name: str) -> pl.Series:
-    """Text for all but times and numbers that are parsed later; lists are joined."""
+    """Text for all but times and what is a number already; lists are joined."""
     if isinstance(column.dtype, pl.List):
         joined = column.cast(pl.List(pl.String)).list.join(" > " if name == "category" else " ")
         return joined.alias(name)
-    keep = name == "time" and column.dtype.is_temporal()
+    keep = name == "time" and column.dtype.is_temporal() or name in NUMBERS and column.dtype.is_numeric()
     return (column if keep else column.cast(pl.String)).alias(name)
 
 
