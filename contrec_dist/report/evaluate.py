@@ -2,7 +2,8 @@
 
 One held-out item a user, ranked against the FULL catalogue, no sampled negatives. 'test' and 'validation' are the lists without
 seen items, '..._unmasked' the lists that may repeat them; the two protocols are never mixed. A user with a held-out item but no
-list is a miss. Baselines see the same histories and are measured by the same functions.
+list is a miss. Baselines see the same histories and are measured by the same functions: popularity and the oracle are worked out
+here, and every other one that `contrec baseline` finished for this run's catalogue is taken in from its lists.
 
 Cost: the lists in memory (users * k integers) and, with evaluate.sampler_users, a few samplings of that many users.
 """
@@ -16,10 +17,12 @@ import numpy as np
 import polars as pl
 
 from contrec_dist.baselines.popularity import recommend_popular
+from contrec_dist.baselines.registry import BASELINES
+from contrec_dist.baselines.stage import baseline_folder, find_finished
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import Histories, Part, load_items, load_users
 from contrec_dist.data.sources.generated import oracle_recommendations
-from contrec_dist.errors import ConfigError
+from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.manifest import MANIFEST_NAME, Manifest, run_stage, write_atomically, write_json
 from contrec_dist.progress import get_logger
 from contrec_dist.report.lists import Seen, check_masked, list_matrix, load_lists, seen_items
@@ -65,7 +68,9 @@ def run(config: Config) -> Manifest:
         stage="evaluate",
         folder="report",
         sections=("evaluate",),
-        inputs=("catalog", "tokenizer", "model", "index", "recommendations"),
+        inputs=(
+            "catalog", "tokenizer", "model", "index", "recommendations", *map(baseline_folder, find_finished(config))
+        ),
         build=_build,
     )
     print_table(manifest.facts, config.folder("report") / PAGE_NAME)
@@ -89,7 +94,7 @@ def _build(config: Config, work: Path) -> dict:
     }
     for block, (part, _) in BLOCKS.items():
         metrics[block] = m.summarize_lists(lists[block], held[part].targets, len(items), ks)
-    baselines = {seen: _run_baselines(config, items, held["test"], length, seen) for seen in ("masked", "kept")}
+    baselines = {seen: _baseline_lists(config, users, items, held["test"], length, seen) for seen in ("masked", "kept")}
     for key, seen in (("baselines", "masked"), ("baselines_unmasked", "kept")):
         found = baselines[seen].items()
         metrics[key] = {name: m.summarize_lists(rows, held["test"].targets, len(items), ks) for name, rows in found}
@@ -137,15 +142,35 @@ def _load_blocks(config, users, items, held, length) -> tuple[dict[str, pl.DataF
     return frames, lists
 
 
-def _run_baselines(config: Config, items: pl.DataFrame, held: Held, k: int, seen: Seen) -> dict[str, np.ndarray]:
-    """Lists of every baseline, (B, k) each."""
-    names = list(config.evaluate.baselines)
+def _baseline_lists(config, users: pl.DataFrame, items: pl.DataFrame, held: Held, k: int, seen: Seen) -> dict[str, np.ndarray]:
+    """Test lists of the baselines that are asked for and of those that are finished, (B, k) each."""
+    finished = find_finished(config)
+    names = list(dict.fromkeys([*config.evaluate.baselines, *finished]))
     if config.source.kind == "generated" and "oracle" not in names:
         names.append("oracle")
-    unknown = [name for name in names if name not in BASELINES]
+    unknown = [name for name in names if name not in {*WORKED_OUT, *BASELINES}]
     if unknown:
-        raise ConfigError("evaluate.baselines", unknown, f"some of {sorted(BASELINES)}")
-    return {name: BASELINES[name](config, items, held, k, seen) for name in names}
+        raise ConfigError("evaluate.baselines", unknown, f"some of {sorted({*WORKED_OUT, *BASELINES})}")
+    absent = [name for name in names if name not in {*WORKED_OUT, *finished}]
+    if absent:
+        raise ArtifactError(config.folder(baseline_folder(absent[0])), "no finished baseline", f"`contrec baseline {absent[0]}` run first")
+    return {
+        name: _written_lists(config, name, users, items, held, k, seen) if name in finished
+        else WORKED_OUT[name](config, items, held, k, seen)
+        for name in names
+    }  # fmt: skip
+
+
+def _written_lists(config, name: str, users: pl.DataFrame, items: pl.DataFrame, held: Held, k: int, seen: Seen) -> np.ndarray:
+    """What `contrec baseline` wrote, under the checks that the model's lists pass. Errors   ArtifactError for shorter lists"""
+    folder = config.folder(baseline_folder(name))
+    length = Manifest.load(folder).facts["k"]
+    if length < k:
+        raise ArtifactError(folder, f"lists of {length}", f"lists of {k}, as the model's: `contrec baseline {name}` run again")
+    lists = list_matrix(load_lists(folder, "test", seen, users, items), held.users, k)
+    if seen == "masked":
+        check_masked(lists, held.seen_flat, held.seen_offsets, folder)
+    return lists
 
 
 def _popularity_lists(config: Config, items: pl.DataFrame, held: Held, k: int, seen: Seen) -> np.ndarray:
@@ -168,7 +193,7 @@ def _oracle_lists(config: Config, items: pl.DataFrame, held: Held, k: int, seen:
     return lists
 
 
-BASELINES: dict[str, Callable[[Config, pl.DataFrame, Held, int, Seen], np.ndarray]] = {
+WORKED_OUT: dict[str, Callable[[Config, pl.DataFrame, Held, int, Seen], np.ndarray]] = {
     "popularity": _popularity_lists,
     "oracle": _oracle_lists,
 }

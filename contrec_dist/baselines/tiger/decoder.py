@@ -8,7 +8,7 @@ Guarantees   a beam as wide as the catalogue gives the exact order of log p; nar
 Cost         a user: the history's tokens and (levels - 1) * width more through the backbone.
 """
 
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -47,14 +47,26 @@ class TigerDecoder:
         Shapes   B histories (H,) int64, oldest first -> item_idx (B, k) int64, log p (B, k) float32
         """
         scores, items = empty_result(len(histories), k)
-        users = np.zeros(len(histories), dtype=np.int64) if users is None else users
-        by_length = np.argsort([len(history) for history in histories], kind="stable")  # so that little is padded
-        for start in range(0, len(by_length), self.batch_users):
-            rows = by_length[start : start + self.batch_users]
-            tokens, lengths = self._lay_out([histories[row] for row in rows], users[rows])
+        for rows, tokens, lengths in self.batches(histories, users):
             found, log_p = self._search(tokens, lengths, max(self.beam_width, k))
             scores[rows], items[rows] = best_first(log_p.cpu().numpy(), found.cpu().numpy(), k)
         return items, scores
+
+    def batches(
+        self, histories: Sequence[np.ndarray], users: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Batches of users with histories of like length, so that little is padded: row numbers, tokens (B, T), lengths (B,)."""
+        users = np.zeros(len(histories), dtype=np.int64) if users is None else users
+        by_length = np.argsort([min(len(history), self.max_history) for history in histories], kind="stable")
+        for start in range(0, len(by_length), self.batch_users):
+            rows = by_length[start : start + self.batch_users]
+            yield rows, *self._lay_out([histories[row] for row in rows], users[rows])
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor, lengths: Tensor, width: int) -> "Beams":
+        """Histories through the backbone, once: a search that has not begun."""
+        with self.model.autocast():
+            return Beams(self.trie, self.model, tokens, lengths, width)
 
     def _lay_out(self, histories: list[np.ndarray], users: np.ndarray) -> tuple[Tensor, Tensor]:
         """Start tokens and the newest items, padded on the right: tokens (B, T), lengths (B,)."""
@@ -69,15 +81,15 @@ class TigerDecoder:
     @torch.inference_mode()
     def _search(self, tokens: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Items (B, W') and log p (B, W') of the complete beams, -1 and -inf where there are fewer."""
+        beams = self.read(tokens, lengths, width)
         with self.model.autocast():
-            beams = _Beams(self.trie, self.model, tokens, lengths, width)
             for level in range(self.ids.num_levels):
                 beams.grow(level)
         return torch.where(beams.scores > -torch.inf, self.trie.item[beams.prefixes], -1), beams.scores
 
 
-class _Beams:
-    """The beams of a batch of users.
+class Beams:
+    """The beams of a batch of users, with their KV cache.
 
     `prefixes`, `scores` (B, W): prefixes of the trie and their log-probabilities, -inf where there is none;
     `hidden` (B, W, D): where the next code is read from; `seen`: for every level before, which of its tokens each beam

@@ -1,0 +1,150 @@
+"""A baseline as a stage: fit it, let it recommend to the users that the score stage scores, and write the same lists.
+
+    baselines/NAME/split={validation,test,next}/seen={masked,kept}/part-000000.parquet, columns as retrieval/recommendations.py
+    baselines/NAME/manifest.json   facts: what the fit says, and HR@10 and NDCG@10 on validation users
+
+The stage `evaluate` takes in every finished baseline of the run and judges it as it judges the model.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from contrec_dist.baselines.registry import BASELINES, Recommender, load_baseline
+from contrec_dist.config import Config
+from contrec_dist.data.catalog import Histories, load_items, load_users
+from contrec_dist.errors import ArtifactError
+from contrec_dist.manifest import MANIFEST_NAME, Manifest, run_stage
+from contrec_dist.progress import get_logger, track
+from contrec_dist.retrieval import metrics as m
+from contrec_dist.retrieval.pairing import Versions
+from contrec_dist.retrieval.ranking import FIRST_OVERFETCH, search_views
+from contrec_dist.retrieval.recommendations import SCHEMA, list_rows
+from contrec_dist.retrieval.top_k import empty_result
+from sharding.partition import part_ranges
+
+VIEWS = ("masked", "kept")
+SEEN_STEP = 16  # users whose numbers of seen items differ by less are searched together
+CHOICE_CUT = 10
+
+
+def baseline_folder(name: str) -> str:
+    """Folder of a baseline inside the run."""
+    return f"baselines/{name}"
+
+
+def run_baseline(config: Config, name: str) -> Manifest:
+    """Fit one baseline and write its lists; skipped when complete. Errors   ConfigError for an unknown name"""
+    module = load_baseline(name)
+    lists = {"k": config.score.k, "splits": list(config.score.splits), "users_per_part": config.score.users_per_part}
+    return run_stage(
+        config,
+        stage=name,
+        folder=baseline_folder(name),
+        sections=module.SECTIONS,
+        inputs=("catalog", *module.INPUTS),
+        build=partial(_build, name),
+        extra_identity=lists | module.settings(config),
+    )
+
+
+def find_finished(config: Config) -> list[str]:
+    """Baselines whose test lists are complete and made from this run's folders, by name; others are named in the log.
+
+    Errors   ArtifactError for such another one where evaluate.baselines asks for it
+    """
+    finished = []
+    for name in sorted(BASELINES):
+        folder = config.folder(baseline_folder(name))
+        if not (folder / MANIFEST_NAME).is_file():
+            continue
+        fault = _find_fault(config, Manifest.load(folder))
+        if fault and name in config.evaluate.baselines:
+            raise ArtifactError(folder, fault, f"`contrec baseline {name}` run again")
+        if fault:
+            get_logger("evaluate").warning("%s is left out: it holds %s", folder, fault)
+        else:
+            finished.append(name)
+    return finished
+
+
+def _find_fault(config: Config, manifest: Manifest) -> str:
+    """Why a baseline's lists cannot be compared with this run's; empty where they can."""
+    for folder, made_from in manifest.inputs.items():
+        if Manifest.load(config.folder(folder)).content_hash != made_from:
+            return f"lists made from another {folder}"
+    return "" if "test" in manifest.facts["splits"] else f"lists of {manifest.facts['splits']} alone"
+
+
+def _build(name: str, config: Config, work: Path) -> dict:
+    recommender, facts = load_baseline(name).fit(config, work)
+    catalog = config.folder("catalog")
+    histories, item_ids = Histories.load(catalog), load_items(catalog)["item_id"]
+    user_ids = load_users(catalog)["user_id"]
+    for split in config.score.splits:
+        positions = histories.lengths if split == "next" else histories.positions(split)
+        ranges = part_ranges(histories.num_users, config.score.users_per_part)
+        hits = [
+            _write_part(work, name, recommender, histories, positions, split, part, span, user_ids, item_ids, config.score.k)
+            for part, span in track(enumerate(ranges), stage=name, unit=f"{split} parts", total=len(ranges))
+        ]
+        if split == "validation":
+            facts["validation"] = _summarize(hits, config.score.k)
+    return facts | {"k": config.score.k, "splits": list(config.score.splits)}
+
+
+def _write_part(work, name, recommender, histories, positions, split, part, span, user_ids, item_ids, k) -> dict[str, np.ndarray]:
+    """Write both views of a range of users; the ranks of their held-out items by view (none for split 'next')."""
+    users = span[0] + np.flatnonzero(positions[span[0] : span[1]] >= 0)
+    before = [histories.history(int(user), int(positions[user])) for user in users]
+    frame = pl.DataFrame({"user_id": user_ids.gather(users), "reason": [""] * len(users)}, schema_overrides={"reason": pl.String})
+    ranks = {}
+    for view, (scores, items) in recommend_views(recommender, before, users, k).items():
+        path = work / f"split={split}" / f"seen={view}" / f"part-{part:06d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = list_rows(frame, scores, items, item_ids, Versions(model=name, index="")) if len(users) else pl.DataFrame(schema=SCHEMA)
+        rows.write_parquet(path)
+        if split != "next":
+            ranks[view] = m.rank_targets(items, histories.targets(users, split))
+    return ranks
+
+
+def recommend_views(
+    recommender: Recommender, histories: list[np.ndarray], users: np.ndarray, k: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{'masked', 'kept'} -> (scores (B, k) float32, item_idx (B, k) int64): without and with what a user has seen.
+
+    Users are searched beside those with about as many seen items, and what is asked for beyond k is rounded up to steps of
+    SEEN_STEP: a beam search finds other items when it is wider, and a user's list must not depend on who else is scored.
+    """
+    found = {view: empty_result(len(users), k) for view in VIEWS}
+    group = -(-np.minimum([len(history) for history in histories], FIRST_OVERFETCH) // SEEN_STEP)
+    for step in np.unique(group):
+        rows = np.flatnonzero(group == step)
+        views = _search_group(recommender, [histories[row] for row in rows], users[rows], k)
+        for view, (scores, items) in views.items():
+            found[view][0][rows], found[view][1][rows] = scores, items
+    return found
+
+
+def _search_group(recommender: Recommender, histories: list[np.ndarray], users: np.ndarray, k: int):
+    """Both views of users with about equally many seen items."""
+
+    def search(numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        rows, beyond = numbers[:, 0], -(-(count - k) // SEEN_STEP) * SEEN_STEP
+        return recommender.recommend([histories[row] for row in rows], k + beyond, users[rows])[::-1]
+
+    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
+    seen = np.concatenate(histories).astype(np.int64)
+    return search_views(search, np.arange(len(users))[:, None], k, seen, offsets, VIEWS)
+
+
+def _summarize(parts: list[dict[str, np.ndarray]], k: int) -> dict:
+    """HR and NDCG at 10 (at k, where lists are shorter) of the validation users, by view."""
+    cut, summary = min(CHOICE_CUT, k), {"num_users": sum(len(part["masked"]) for part in parts)}
+    for view in VIEWS if summary["num_users"] else ():
+        ranks = np.concatenate([part[view] for part in parts])
+        summary[view] = {f"hr@{cut}": float(m.hits_at(ranks, cut).mean()), f"ndcg@{cut}": float(m.gains_at(ranks, cut).mean())}
+    return summary
