@@ -28,7 +28,9 @@ STAGES = {
     "score": ("contrec_dist.retrieval.score", "model, index -> recommendations/ (Ray)"),
     "evaluate": ("contrec_dist.report.evaluate", "recommendations -> report/"),
 }
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "baseline": ("contrec_dist.commands.baseline", "fit a baseline and write its recommendations beside the model's"),
+}
 
 STAGE_OPTIONS = {  # options that stand for a config value: stage -> option -> (section, field, help)
     "score": {

@@ -15,7 +15,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two spinning processes on two cores slow each other tenfold
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-BENCHMARKS: dict[str, tuple[str, str]] = {}
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "tiger_decoder": ("contrec_dist.benchmarks.tiger_decoder", "users/s of TIGER's beam search over any number of items"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
