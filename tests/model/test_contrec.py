@@ -256,3 +256,15 @@ def test_activation_checkpointing_changes_neither_losses_nor_gradients(make_worl
         total.backward()
         results.append((total.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+
+
+def test_logits_are_computed_only_where_there_are_text_targets(make_world):
+    world = make_world(HISTORIES, response_drop=0.5)
+    model = world.build_model()
+    _, batch = pack(world)
+    seen = []
+    layer = causal_lm(model.backbone).get_output_embeddings()
+    layer.register_forward_hook(lambda module, arguments, output: seen.append(tuple(output.shape)))
+    model(batch, 0)
+    assert 0 < len(batch.text_labels) < batch.tokens.numel() / 4
+    assert seen == [(len(batch.text_labels), layer.out_features)]
