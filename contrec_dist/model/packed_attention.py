@@ -87,7 +87,9 @@ def packed_attention_forward(
         for one in (query * (head_dim**-0.5 if scaling is None else scaling), repeat_kv(key, repeats), repeat_kv(value, repeats))
     ]
     parts = [_attend(group, *flat, dropout=dropout) for group in packed_spans.groups]
-    out = query.new_zeros(num_rows * row_tokens, num_heads, head_dim)
+    # Zeros that depend on all three: a micro-batch of padding alone gives every projection its (zero) gradient, as on the
+    # other ranks; ZeRO's reductions would not match without.
+    out = query.new_zeros(num_rows * row_tokens, num_heads, head_dim) if parts else 0.0 * (flat[0] + flat[1] + flat[2])
     if parts:
         out = out.index_copy(0, packed_spans.positions, torch.cat(parts))
     return out.view(num_rows, row_tokens, num_heads, head_dim), None
