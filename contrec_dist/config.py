@@ -20,6 +20,9 @@ from contrec_dist.errors import ConfigError
 
 TRACKER_NAMES = ("tensorboard", "wandb", "mlflow")
 
+NO_IDENTITY = {"identity": False}
+"metadata of a field that says only how its section is executed: it is left out of every identity, as `launch` and `ray` are"
+
 
 @dataclass(kw_only=True, slots=True)
 class GeneratedConfig:
@@ -256,6 +259,8 @@ class BackboneConfig:
 class HeadConfig:
     """The diffusion head and the item vectors."""
 
+    kind: Literal["denoiser", "bayes"] = "denoiser"
+    "'denoiser' learns to remove noise (the paper's head); 'bayes' computes it in closed form from the ranking and the latents"
     width: int = 256
     "width of the denoiser"
     num_blocks: int = 2
@@ -370,6 +375,16 @@ class IndexConfig:
     "queries of that sample"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     "auto: GPU when faiss-gpu is importable and a GPU is there"
+    memory_bytes: int = field(default=0, metadata=NO_IDENTITY)
+    "most bytes that a space's open index may take: 'auto' chooses a smaller factory; 0: no limit"
+    memory_map: bool = field(default=False, metadata=NO_IDENTITY)
+    "search the files where they lie: vectors are read when a query asks for them, and processes share them"
+    search: Literal["threads", "ray"] = field(default="threads", metadata=NO_IDENTITY)
+    "one process holds all shards, or Ray actors, spread over the machines, hold a range of them each"
+    ray_actors: int = field(default=0, metadata=NO_IDENTITY)
+    "actors of search=ray; 0: one a machine, and no more than shards"
+    max_tombstone_ratio: float = field(default=0.2, metadata=NO_IDENTITY)
+    "share of removed rows above which `contrec index compact` writes a segment again without them"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -395,6 +410,8 @@ class ScoreConfig:
     "DPM-Solver++(2M), DDIM, or ancestral DDPM (for long chains)"
     guidance: float = 1.0
     "classifier-free guidance w: x0 = (1 + w) x0(h) - w x0(null)"
+    posterior_items: int = 512
+    "most likely items over which the closed form of head.kind 'bayes' sums (rank_by samples)"
     reasoning: Literal["generate", "none"] = "generate"
     "let the LLM write its reasoning text first, or skip it"
     text_weights: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 1.0, 2.0])
@@ -492,6 +509,8 @@ class LaunchConfig:
     "CPU threads a process; 0: cores / processes"
     timeout_minutes: int = 30
     "process-group timeout"
+    deepspeed_config: str = ""
+    "DeepSpeed JSON of your own; it joins what this config derives (training/deepspeed_file.py)"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -526,13 +545,21 @@ class RayConfig:
     address: str = ""
     "cluster to join; empty: RAY_ADDRESS, else a local one is started"
     num_workers: int = 2
-    "actors or tasks at work at a time"
+    "workers at work at a time, most; a cluster with less room starts with fewer"
+    min_workers: int = 1
+    "workers that must be up before the first part is given out"
     cpus_per_worker: float = 1.0
     "CPUs a worker holds"
     gpus_per_worker: float = 0.0
     "GPUs a worker holds, fractions allowed"
+    memory_bytes_per_worker: int = 0
+    "memory a worker reserves: Ray places no more workers on a node than it has room for (0: no limit)"
     object_store_bytes: int = 200000000
     "object store of a local cluster"
+
+    def __post_init__(self):
+        if not 1 <= self.min_workers <= self.num_workers:
+            raise ConfigError("ray.min_workers", self.min_workers, f"1 to ray.num_workers ({self.num_workers})")
 
 
 @dataclass(kw_only=True, slots=True)

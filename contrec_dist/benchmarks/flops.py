@@ -70,7 +70,7 @@ def training_flops(model: ContRec, counts: BatchCounts) -> dict[str, float]:
     """FLOPs of forward and backward of one micro-batch, part by part. The optimizer multiplies no matrices."""
     language, inputs, head = causal_lm(model.backbone), model.inputs, model.head
     drawn, draws = counts.drawn_targets, counts.drawn_targets * model.head_config.batch_mul
-    q, width = model.head_config.query_dim, model.head_config.width
+    q = model.head_config.query_dim
     tokens = counts.inputs * inputs.slots.num_embeddings
     return {
         "backbone": sum(_linear(one, counts.positions) for one in _linears(language.base_model)),
@@ -80,13 +80,20 @@ def training_flops(model: ContRec, counts: BatchCounts) -> dict[str, float]:
         "catalogue": 3 * 2.0 * counts.targets * q * counts.rival_items
         + _linear(model.items.project[0], counts.table_items, learned_input=False)
         + _linear(model.items.project[2], counts.table_items),
-        "query": _denoiser_features(head.denoiser, counts.targets, counts.targets)
-        + _linear(head.direct_query, counts.targets)
-        + _linear(head.denoised_query, counts.targets),
+        **_head_flops(head, counts.targets, draws, drawn),
+    }  # fmt: skip
+
+
+def _head_flops(head: nn.Module, targets: int, draws: int, drawn: int) -> dict[str, float]:
+    query = _linear(head.direct_query, targets)
+    if head.denoiser is None:
+        return {"query": query, "head": 0.0}
+    return {
+        "query": query + _denoiser_features(head.denoiser, targets, targets) + _linear(head.denoised_query, targets),
         "head": _denoiser_features(head.denoiser, draws, drawn)
         + _linear(head.denoiser.output, draws)
-        + 3 * 2.0 * drawn**2 * width,
-    }  # fmt: skip
+        + 3 * 2.0 * drawn**2 * head.config.width,
+    }
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:

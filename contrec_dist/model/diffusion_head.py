@@ -5,6 +5,9 @@ is compared with the items' vectors.
 Losses and sampler run in fp32; matrix products follow the surrounding autocast.
 """
 
+from functools import partial
+from typing import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,8 @@ from contrec_dist.model.losses import dispersive_loss
 from contrec_dist.model.noise_schedule import NoiseSchedule
 from contrec_dist.model.samplers import sample
 
+Denoise = Callable[[slice, Tensor, Tensor], Tensor]
+"(rows of the conditions, x_t (S, rows, K*Z), step) -> x0 as x_t"
 SAMPLE_ROWS = 2048  # latents that are denoised at a time
 
 
@@ -29,16 +34,22 @@ class DiffusionHead(nn.Module):
         self.latent_width = latent_width
         self.schedule = NoiseSchedule(num_train_steps=config.num_train_steps, kind=config.schedule)
         self.norm = nn.LayerNorm(condition_width)
+        self.direct_query = nn.Linear(condition_width, config.query_dim)
+        self.query_dropout = nn.Dropout(config.dropout)
+        self.denoiser = None
+        if config.kind == "denoiser":
+            self._add_denoiser(condition_width)
+
+    def _add_denoiser(self, condition_width: int) -> None:
+        config = self.config
         self.null_condition = nn.Embedding(1, condition_width)
         self.denoiser = Denoiser(
-            latent_width=latent_width,
+            latent_width=self.latent_width,
             condition_width=condition_width,
             width=config.width,
             num_blocks=config.num_blocks,
         )
-        self.direct_query = nn.Linear(condition_width, config.query_dim)
         self.denoised_query = nn.Linear(config.width, config.query_dim, bias=False)
-        self.query_dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.null_condition.weight, std=0.02)
         nn.init.zeros_(self.denoised_query.weight)
 
@@ -48,6 +59,8 @@ class DiffusionHead(nn.Module):
         Shapes   (B, D) -> (B, Q)
         """
         condition = self.query_dropout(self.norm(condition))
+        if self.denoiser is None:
+            return self.direct_query(condition)
         noise_mean = condition.new_zeros(len(condition), self.latent_width)
         last_step = torch.full((len(condition),), self.config.num_train_steps - 1, device=condition.device)
         features, _ = self.denoiser(noise_mean, last_step, condition)
@@ -58,8 +71,12 @@ class DiffusionHead(nn.Module):
 
         Each condition meets `batch_mul` draws of step and noise; a share `condition_drop` of the conditions is
         replaced by the null one, which is what guidance needs.
+        With `kind: bayes` there is no denoiser to train and both are zero.
         Shapes   condition (B, D), latents (B, K*Z) -> {"diffusion": (), "dispersive": ()}
         """
+        if self.denoiser is None:
+            zero = torch.zeros((), device=condition.device)
+            return {"diffusion": zero, "dispersive": zero}
         repeats, device = self.config.batch_mul, condition.device
         condition = self._drop_conditions(self.norm(condition), generator)  # (B, D)
         x0 = latents.float().repeat(repeats, 1)  # (M*B, K*Z)
@@ -81,29 +98,36 @@ class DiffusionHead(nn.Module):
     @torch.no_grad()
     def sample(
         self, condition: Tensor, *, num_samples: int = 1, num_steps: int, solver: str, guidance: float,
-        generator: torch.Generator,
+        generator: torch.Generator, denoise: Denoise | None = None,
     ) -> Tensor:
         """`num_samples` latents a condition by `num_steps` solver steps: x0 = (1 + w) x0(h) - w x0(null).
+
+        `denoise(rows, x_t, step)` takes the learned denoiser's place, guidance included (`kind: bayes`: CataloguePosterior).
 
         Conditions go through in chunks that fit a core's cache, each drawing its noise after the one before.
         Shapes   condition (B, D) -> (S, B, K*Z), normalised latents, float32
         """
-        condition, null = self.norm(condition.float()), self.null_conditions(1)
-        drawn = condition.new_empty(num_samples, len(condition), self.latent_width)
-        for start in range(0, len(condition), max(1, SAMPLE_ROWS // num_samples)):
-            part = condition[start : start + max(1, SAMPLE_ROWS // num_samples)]
-
-            def denoise(x_t: Tensor, step: Tensor, part: Tensor = part) -> Tensor:
-                conditional = self.predict_x0(x_t, step[:1], part)
-                if guidance == 0.0:
-                    return conditional
-                return conditional + guidance * (conditional - self.predict_x0(x_t, step[:1], null))
-
-            drawn[:, start : start + len(part)] = sample(
-                denoise, self.schedule, shape=(num_samples, len(part), self.latent_width), num_steps=num_steps,
-                solver=solver, generator=generator, device=condition.device,
+        denoise = denoise or self._guided_denoiser(condition, guidance)
+        drawn = condition.new_empty(num_samples, len(condition), self.latent_width, dtype=torch.float32)
+        chunk_rows = max(1, SAMPLE_ROWS // num_samples)
+        for start in range(0, len(condition), chunk_rows):
+            rows = slice(start, min(start + chunk_rows, len(condition)))
+            drawn[:, rows] = sample(
+                partial(denoise, rows), self.schedule, shape=(num_samples, rows.stop - start, self.latent_width),
+                num_steps=num_steps, solver=solver, generator=generator, device=condition.device,
             )
         return drawn
+
+    def _guided_denoiser(self, condition: Tensor, guidance: float) -> Denoise:
+        condition, null = self.norm(condition.float()), self.null_conditions(1)
+
+        def denoise(rows: slice, x_t: Tensor, step: Tensor) -> Tensor:
+            conditional = self.predict_x0(x_t, step[:1], condition[rows])
+            if guidance == 0.0:
+                return conditional
+            return conditional + guidance * (conditional - self.predict_x0(x_t, step[:1], null))
+
+        return denoise
 
     def null_conditions(self, count: int) -> Tensor:
         """The learned condition that says nothing, as guidance and likelihood need it. -> (count, D)"""

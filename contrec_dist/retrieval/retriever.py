@@ -1,6 +1,7 @@
 """Candidates of the catalogue for conditions, by the ranking rule of the config. Read in score and by the benchmarks."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 
 from contrec_dist.config import Config, ScoreConfig
 from contrec_dist.errors import ArtifactError
+from contrec_dist.model.catalogue_posterior import CataloguePosterior, guide
+from contrec_dist.model.diffusion_head import Denoise
 from contrec_dist.retrieval.likelihood import LikelihoodRanker
 from contrec_dist.retrieval.ranking import fuse_samples, search_views, select_seen
 from contrec_dist.retrieval.scored_users import Users
@@ -32,6 +35,8 @@ class Retriever:
     "(N, K, Z) raw, memory-mapped"
     log_prior: np.ndarray
     "(N,) log of the items' share of the training interactions, one added to each"
+    query_shards: FaissShards | None = None
+    "the index of item vectors, where samples are drawn by the closed form and it is not `shards`"
 
     @classmethod
     def open(cls, config: Config) -> "Retriever":
@@ -42,7 +47,10 @@ class Retriever:
         counts = pl.read_parquet(config.folder("catalog") / "items.parquet", columns=["num_train"])["num_train"].to_numpy() + 1.0
         latents = np.load(config.folder("tokens") / "item_latents.npy", mmap_mode="r")
         shards = FaissShards.open(folder, config.index.device)
-        return cls(config.score, config.seed, shards, latents, np.log(counts / counts.sum()))
+        opened = cls(config.score, config.seed, shards, latents, np.log(counts / counts.sum()))
+        if config.score.rank_by == "samples" and config.head.kind == "bayes":
+            opened.query_shards = FaissShards.open(config.folder("index") / "query", config.index.device)
+        return opened
 
     @property
     def num_candidates(self) -> int:
@@ -57,7 +65,8 @@ class Retriever:
             return self._find_by_samples(views, condition, users, seed, wanted)
         queries = views.queries(condition).cpu().numpy()
         found = search_views(self.shards.search, queries, self.num_candidates, users.items, users.offsets, wanted)
-        return self.rescore(views, condition, found, seed) if self.score.rank_by == "likelihood" else found
+        by_likelihood = self.score.rank_by == "likelihood" and views.model.head.denoiser is not None
+        return self.rescore(views, condition, found, seed) if by_likelihood else found  # bayes: the query is log p itself
 
     def _find_by_samples(
         self, views: UserViews, condition: torch.Tensor, users: Users, seed: int, wanted: Sequence[str]
@@ -71,6 +80,7 @@ class Retriever:
             solver=self.score.solver,
             guidance=self.score.guidance,
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + seed),
+            denoise=self._closed_form(views, condition) if views.model.head.denoiser is None else None,
         )
         queries = samples.flatten(0, 1).cpu().numpy()  # (S * B, K * Z)
         seen = select_seen(users.items, users.offsets, np.tile(np.arange(len(condition)), draws))
@@ -80,6 +90,23 @@ class Retriever:
             view: fuse_samples(scores.reshape(shape), item_idx.reshape(shape), count)
             for view, (scores, item_idx) in near.items()
         }
+
+    def _closed_form(self, views: UserViews, condition: torch.Tensor) -> Denoise:
+        """The denoiser of `head.kind: bayes`: the posterior over each user's candidates by the query."""
+        queries = views.queries(condition).cpu().numpy()
+        scores, item_idx = self.query_shards.search(queries, min(self.score.posterior_items, self.query_shards.num_items))
+        present = torch.from_numpy(item_idx >= 0)
+        item_idx = np.maximum(item_idx, 0)
+        logits = guide(torch.from_numpy(scores), torch.from_numpy(self.log_prior[item_idx]).float(), self.score.guidance)
+        logits = logits.masked_fill(~present, -torch.inf).to(condition.device)
+
+        @lru_cache(maxsize=1)  # a chunk of users takes all its steps before the next one comes
+        def posterior(start: int, stop: int) -> CataloguePosterior:
+            latents = torch.from_numpy(self.item_latents[item_idx[start:stop]].astype(np.float32)).to(condition.device)
+            latents = views.model.normalise(latents).flatten(2)  # (rows, C, K * Z)
+            return CataloguePosterior(latents, logits[start:stop], views.model.head.schedule)
+
+        return lambda rows, x_t, step: posterior(rows.start, rows.stop).predict_x0(x_t, step)
 
     def rescore(self, views: UserViews, condition: torch.Tensor, found: Found, seed: int) -> Found:
         """The same candidates in the order of the model's likelihood."""
