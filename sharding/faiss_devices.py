@@ -1,6 +1,8 @@
 """Where FAISS shards are searched: on the CPU, or as copies on the GPUs where faiss-gpu and a GPU are there.
 
-The CPU index stays beside its copy: lists longer than faiss-gpu selects, and exact scores, come from it.
+Shards are spread over the GPUs in turn. The CPU index stays beside its copy: lists longer than faiss-gpu selects, and exact
+scores, come from it. faiss-gpu has no form of graphs, of PQx4fs and of Refine, so a catalogue that is to be searched on GPUs
+names another factory (IVFn,Flat).
 """
 
 import faiss
@@ -9,20 +11,29 @@ from contrec_dist.errors import ConfigError
 from contrec_dist.progress import get_logger
 
 TEMPORARY_BYTES = 256 * 2**20  # scratch memory of a shard; faiss would take 1.5 GB
+CPU_ONLY_PARTS = ("HNSW", "x4fs", "RFlat", "Refine")
 
 
-def copy_to_gpus(indexes: list[faiss.Index], device: str, parameters: dict[str, int]) -> list[faiss.Index | None]:
-    """Copies of the indexes on the GPUs in turn, or None for each on a CPU; one log line says which searches.
+def will_use_gpus(device: str, factory: str) -> bool:
+    """Whether indexes of this factory are searched on GPUs of this machine.
 
     Errors   ConfigError for device 'gpu' where FAISS finds none, or has no GPU form of such an index.
     """
-    log = get_logger("index")
     num_gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    cpu_only = any(part in factory for part in CPU_ONLY_PARTS)
     if device == "gpu" and not num_gpus:
         raise ConfigError("index.device", "gpu", "faiss-gpu (the extra 'gpu') and a GPU, or device cpu or auto")
-    if device == "cpu" or not num_gpus:
-        log.info("search on CPU: %d shards, %d threads", len(indexes), faiss.omp_get_max_threads())
-        return [None] * len(indexes)
+    if device == "gpu" and cpu_only:
+        raise ConfigError("index.device", f"gpu, with '{factory}'", "cpu for this index.factory, or index.factory=IVFn,Flat")
+    return device != "cpu" and num_gpus > 0 and not cpu_only
+
+
+def copy_to_gpus(indexes: list[faiss.Index], device: str, parameters: dict[str, int]) -> list[faiss.Index | None]:
+    """Copies of the indexes on the GPUs in turn; one log line says so.
+
+    For an index without a GPU form: None each with device 'auto', ConfigError with 'gpu'.
+    """
+    log, num_gpus = get_logger("index"), faiss.get_num_gpus()
     try:
         copies = [_copy_to_gpu(index, number % num_gpus, parameters) for number, index in enumerate(indexes)]
     except RuntimeError as error:

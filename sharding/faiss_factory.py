@@ -1,37 +1,74 @@
 """Which FAISS index a catalogue of some size gets, and the parameters that trade its speed for recall.
 
-A factory is any string of faiss.index_factory. Its search parameters start small and are doubled at build time until the
-measured recall is reached: nprobe (IVF: lists visited), efSearch (HNSW: width of the walk), k_factor_rf (RFlat and Refine:
-candidates scored again, per result).
+A factory is any string of faiss.index_factory. 'auto' takes, of the first that fit `memory_bytes`:
+
+    up to 200,000 items    Flat                         every vector visited
+    above                  IVFn,PQdx4fs,RFlat           4 bits a dimension scanned in registers, the best ones scored again
+                           IVFn,PQdx4fs,Refine(SQfp16)  with half, or a quarter, of the bytes for that second look
+                           IVFn,PQdx4fs,Refine(SQ8)
+                           IVFn,SQ8                     one byte a dimension, nothing else
+
+with n, the lists, about 2 sqrt(N). One dimension a sub-quantiser fits every width, keeps a column that differs from the others
+(the bias of item vectors) apart from them, and orders candidates well enough that few are scored again.
+
+Search parameters: nprobe (IVF: lists visited), efSearch (HNSW: width of the walk), k_factor_rf (RFlat and Refine: candidates
+scored again, per result).
 """
 
 import re
 
 import faiss
 
+import sharding.faiss_settings  # noqa: F401
 from contrec_dist.errors import ConfigError
 
 FLAT_ROWS = 200_000  # up to here exact search is fast enough on a CPU
+ID_BYTES = 8
 MAX_EF_SEARCH = 4096
 MAX_REFINE_FACTOR = 64
+POINTS_PER_CENTROID = 64  # more rows move the centroids less than what recall can tell
+TRAIN_ITERATIONS = 8
+# Cost of a search in bytes read one after another; a vector that lies anywhere in memory costs as much as several times its bytes.
+SCATTERED_BYTES_FACTOR = 4
+LIST_OVERHEAD_BYTES = 4096
 
 
-def choose_factory(factory: str, num_items: int) -> str:
-    """The factory string itself, or for 'auto' Flat below 200,000 items and IVF with about 4 sqrt(N) lists above."""
+def choose_factory(factory: str, num_items: int, dim: int, memory_bytes: int = 0) -> str:
+    """The factory string itself, or for 'auto' the first of the module's table that fits.
+
+    Errors   ConfigError when none fits memory_bytes (0: no limit), with the bytes of the smallest
+    """
     if factory != "auto":
         return factory
-    if num_items < FLAT_ROWS:
-        return "Flat"
-    return f"IVF{2 ** round(2 + 0.5 * (num_items.bit_length() - 1))},Flat"
+    options = _auto_options(num_items, dim)
+    for name, num_bytes in options.items():
+        if not memory_bytes or num_bytes <= memory_bytes:
+            return name
+    smallest = min(options.values())
+    raise ConfigError("index.memory_bytes", memory_bytes, f"at least {smallest} for {num_items} items of width {dim}, or 0")
+
+
+def count_lists(num_items: int) -> int:
+    """Lists of an IVF: the power of two nearest to 2 sqrt(N)."""
+    return 2 ** max(2, round((num_items.bit_length() - 1) / 2 + 1))
 
 
 def make_index(dim: int, factory: str, faiss_metric: int) -> faiss.Index:
     """An empty index. Raises ConfigError with FAISS's reason where it does not know the factory or the width."""
     try:
-        return faiss.index_factory(dim, factory, faiss_metric)
+        index = faiss.index_factory(dim, factory, faiss_metric)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError("index.factory", f"'{factory}' ({reason})", f"one that FAISS makes for width {dim}") from None
+    inverted = find_inverted(index)
+    if inverted is not None:
+        inverted.cp.niter, inverted.cp.max_points_per_centroid = TRAIN_ITERATIONS, POINTS_PER_CENTROID
+    return index
+
+
+def find_inverted(index: faiss.Index) -> faiss.IndexIVF | None:
+    """The IVF inside an index, if there is one."""
+    return faiss.try_extract_index_ivf(index)
 
 
 def is_exact(factory: str) -> bool:
@@ -39,19 +76,31 @@ def is_exact(factory: str) -> bool:
     return factory == "Flat"
 
 
-def smallest_parameters(factory: str) -> dict[str, int]:
-    """Search parameters that a factory has, at their starting values."""
-    return {name: start for name, (start, _) in _parameter_spans(factory).items()}
+def parameter_ladders(factory: str) -> dict[str, list[int]]:
+    """Search parameters that a factory has: name -> the values to try, rising."""
+    ladders = {}
+    lists = re.search(r"IVF(\d+)(k?)", factory)
+    if lists:
+        ladders["nprobe"] = _ladder(1, int(lists.group(1)) * (1024 if lists.group(2) else 1))
+    if any(part.startswith("HNSW") for part in factory.split(",")):
+        ladders["efSearch"] = _ladder(16, MAX_EF_SEARCH)
+    if "Refine" in factory or "RFlat" in factory:
+        ladders["k_factor_rf"] = _ladder(1, MAX_REFINE_FACTOR)
+    return ladders
 
 
-def largest_parameters(factory: str) -> dict[str, int]:
-    """The same at their limits."""
-    return {name: limit for name, (_, limit) in _parameter_spans(factory).items()}
+def estimate_cost(parameters: dict[str, int], factory: str, num_items: int, dim: int, num_results: int) -> float:
+    """Bytes that one query reads: what tells the cheaper of two settings, the same on every machine.
 
-
-def widen_parameters(factory: str, parameters: dict[str, int]) -> dict[str, int]:
-    """Every parameter doubled, up to its limit."""
-    return {name: min(2 * value, largest_parameters(factory)[name]) for name, value in parameters.items()}
+    num_results: candidates that a search asks of the index
+    """
+    cost, code_bytes = 0.0, dim / 2 if "x4fs" in factory else 4 * dim
+    if "nprobe" in parameters:
+        num_lists = parameter_ladders(factory)["nprobe"][-1]
+        cost += parameters["nprobe"] * (num_items / num_lists * code_bytes + LIST_OVERHEAD_BYTES)
+    cost += parameters.get("efSearch", 0) * 4 * dim * SCATTERED_BYTES_FACTOR
+    cost += parameters.get("k_factor_rf", 0) * num_results * 4 * dim * SCATTERED_BYTES_FACTOR
+    return cost
 
 
 def set_parameters(indexes: list[faiss.Index], parameters: dict[str, int]) -> None:
@@ -61,15 +110,26 @@ def set_parameters(indexes: list[faiss.Index], parameters: dict[str, int]) -> No
             faiss.ParameterSpace().set_index_parameter(index, name, value)
 
 
-def _parameter_spans(factory: str) -> dict[str, tuple[int, int]]:
-    """name -> (start, limit)."""
-    spans = {}
-    lists = re.search(r"IVF(\d+)(k?)", factory)
-    if lists:
-        num_lists = int(lists.group(1)) * (1024 if lists.group(2) else 1)
-        spans["nprobe"] = (max(1, num_lists // 64), num_lists)
-    if any(part.startswith("HNSW") for part in factory.split(",")):
-        spans["efSearch"] = (64, MAX_EF_SEARCH)
-    if "Refine" in factory or "RFlat" in factory:
-        spans["k_factor_rf"] = (4, MAX_REFINE_FACTOR)
-    return spans
+def _auto_options(num_items: int, dim: int) -> dict[str, int]:
+    """Factories of 'auto', the preferred one first, and the bytes that the index takes when it is open."""
+    lists = f"IVF{count_lists(num_items)}"
+    shared, fixed = count_lists(num_items) * 4 * dim, 2 * ID_BYTES
+    bytes_per_item = {
+        "Flat": 4 * dim + ID_BYTES,
+        f"{lists},PQ{dim}x4fs,RFlat": 4.5 * dim + fixed,
+        f"{lists},PQ{dim}x4fs,Refine(SQfp16)": 2.5 * dim + fixed,
+        f"{lists},PQ{dim}x4fs,Refine(SQ8)": 1.5 * dim + fixed,
+        f"{lists},SQ8": dim + fixed + ID_BYTES,
+    }
+    if num_items >= FLAT_ROWS:
+        del bytes_per_item["Flat"]
+    return {name: int(one * num_items) + (0 if name == "Flat" else shared) for name, one in bytes_per_item.items()}
+
+
+def _ladder(first: int, last: int) -> list[int]:
+    """first, then about 1.4 times the one before, up to and with last."""
+    values, step = [], first
+    while step < last:
+        values += [value for value in (step, step * 3 // 2) if value < last and value not in values]
+        step *= 2
+    return [*values, last]

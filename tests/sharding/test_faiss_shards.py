@@ -163,7 +163,16 @@ def test_a_torn_shard_names_its_file(tmp_path):
         FaissShards.open(tmp_path, "cpu")
 
 
-def test_auto_is_flat_when_small_and_ivf_when_big():
-    assert choose_factory("auto", 12_000) == "Flat"
-    assert choose_factory("auto", 1_000_000) == "IVF4096,Flat"
-    assert choose_factory("HNSW32", 12) == "HNSW32"
+def test_auto_is_flat_when_small_and_scans_codes_when_big():
+    assert choose_factory("auto", 12_000, 128) == "Flat"
+    assert choose_factory("auto", 1_000_000, 129) == "IVF2048,PQ129x4fs,RFlat"
+    assert choose_factory("HNSW32", 12, 128) == "HNSW32"
+
+
+def test_auto_keeps_to_the_memory_budget():
+    assert choose_factory("auto", 1_000_000, 128, 600_000_000) == "IVF2048,PQ128x4fs,RFlat"
+    assert choose_factory("auto", 1_000_000, 128, 400_000_000) == "IVF2048,PQ128x4fs,Refine(SQfp16)"
+    assert choose_factory("auto", 1_000_000, 128, 250_000_000) == "IVF2048,PQ128x4fs,Refine(SQ8)"
+    assert choose_factory("auto", 1_000_000, 128, 170_000_000) == "IVF2048,SQ8"
+    with pytest.raises(ConfigError, match="index.memory_bytes.*1000.*at least"):
+        choose_factory("auto", 1_000_000, 128, 1000)
