@@ -15,6 +15,7 @@ Search parameters: nprobe (IVF: lists visited), efSearch (HNSW: width of the wal
 scored again, per result).
 """
 
+import math
 import re
 
 import faiss
@@ -50,7 +51,7 @@ def choose_factory(factory: str, num_items: int, dim: int, memory_bytes: int = 0
 
 def count_lists(num_items: int) -> int:
     """Lists of an IVF: the power of two nearest to 2 sqrt(N)."""
-    return 2 ** max(2, round((num_items.bit_length() - 1) / 2 + 1))
+    return 2 ** max(2, round(math.log2(2 * math.sqrt(num_items))))
 
 
 def make_index(dim: int, factory: str, faiss_metric: int) -> faiss.Index:
