@@ -145,9 +145,11 @@ def stage_identity(
     return hash_json({"config": used, "inputs": hashes, "extra": extra or {}}), used, hashes
 
 
-def find_complete(config: Config, *, folder: str, sections: Sequence[str], inputs: Sequence[str], **_) -> Manifest | None:
+def find_complete(
+    config: Config, *, folder: str, sections: Sequence[str], inputs: Sequence[str], extra_identity: dict | None = None, **_
+) -> Manifest | None:
     """The manifest of a stage whose output is complete for this config and these inputs."""
-    identity, _, _ = stage_identity(config, sections, inputs)
+    identity, _, _ = stage_identity(config, sections, inputs, extra_identity)
     return _complete_manifest(config.folder(folder), identity)
 
 
@@ -164,7 +166,7 @@ def run_stage(
     """Run one stage under the rules of this module and return its manifest.
 
     `build(config, work_dir) -> facts` writes into work_dir, which may hold what an interrupted run of the same
-    identity left there. `facts["files"]`, if given, maps a file to what is said of it (rows, shape, dtype).
+    identity left there. `facts["files"]`, if given, maps a file to what is said of it (rows, shape, dtype, sha256).
     `sections` are the config fields that the output depends on; `seed` always counts.
     """
     log = get_logger(stage)
@@ -212,7 +214,11 @@ def package_versions() -> dict[str, str]:
 
 
 def _plain(value: object) -> object:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    """A section as JSON, without the fields that say only how it is executed."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    left_out = {one.name for one in dataclasses.fields(value) if not one.metadata.get("identity", True)}
+    return {name: plain for name, plain in dataclasses.asdict(value).items() if name not in left_out}
 
 
 def _complete_manifest(target: Path, identity: str) -> Manifest | None:
@@ -252,7 +258,8 @@ def _describe_files(work: Path, notes: dict[str, dict]) -> dict[str, dict]:
     files = {}
     for path in sorted(p for p in work.rglob("*") if p.is_file() and p.name not in (MANIFEST_NAME, IDENTITY_NAME)):
         name = path.relative_to(work).as_posix()
-        files[name] = {"sha256": hash_file(path), "bytes": path.stat().st_size, **notes.get(name, {})}
+        said = notes.get(name, {})  # a stage that hashed a file when it wrote it says so: large outputs are read once
+        files[name] = {"sha256": said.get("sha256") or hash_file(path), "bytes": path.stat().st_size, **said}
     return files
 
 
