@@ -446,7 +446,8 @@ class EvaluateConfig:
     sampler_steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 50])
     "sampler steps of that plot"
     baselines: list[str] = field(default_factory=lambda: ["popularity"])
-    "baselines measured beside (the generated catalogue adds 'oracle')"
+    "baselines that must be there; those that `contrec baseline` finished are taken in anyway (the generated catalogue adds "
+    "'oracle')"
 
 
 @dataclass(kw_only=True, slots=True)
