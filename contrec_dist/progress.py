@@ -1,13 +1,13 @@
 """Logs that name the stage and the rank, and progress that reads well on a terminal and in a job log.
 
-On a terminal a bar; elsewhere one line every 30 s with done/total, rate and ETA.
+On a terminal a bar; elsewhere one line every 30 s with done/total, rate, ETA and what the caller has to say.
 """
 
 import logging
 import os
 import sys
 import time
-from typing import Iterable, Iterator, TypeVar
+from typing import Callable, Iterable, Iterator, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,24 +31,32 @@ def _rank_tag() -> str:
     return f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
 
 
-def track(items: Iterable[Item], *, stage: str, unit: str, total: int, done: int = 0) -> Iterator[Item]:
-    """Yield `items`, showing progress in `unit`s; `done` of `total` were complete before."""
+def track(
+    items: Iterable[Item], *, stage: str, unit: str, total: int, done: int = 0, describe: Callable[[], str] = str
+) -> Iterator[Item]:
+    """Yield `items`, showing progress in `unit`s; `done` of `total` were complete before.
+
+    `describe()` gives figures of the moment (empty: none) for the bar and the lines.
+    """
     if sys.stderr.isatty():
-        yield from _track_bar(items, stage, unit, total, done)
+        yield from _track_bar(items, stage, unit, total, done, describe)
     else:
-        yield from _track_lines(items, stage, unit, total, done)
+        yield from _track_lines(items, stage, unit, total, done, describe)
 
 
-def _track_bar(items, stage, unit, total, done):
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _track_bar(items, stage, unit, total, done, describe):
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )  # fmt: skip
     with Progress(*columns, transient=True) as progress:
-        task = progress.add_task(f"{stage} [{unit}]", total=total, completed=done)
+        task = progress.add_task(f"{stage} [{unit}]", total=total, completed=done, figures="")
         for item in items:
             yield item
-            progress.advance(task)
+            progress.update(task, advance=1, figures=describe())
 
 
-def _track_lines(items, stage, unit, total, done):
+def _track_lines(items, stage, unit, total, done, describe):
     log, start, last, before = get_logger(stage), time.monotonic(), time.monotonic(), done
     for item in items:
         yield item
@@ -56,5 +64,8 @@ def _track_lines(items, stage, unit, total, done):
         now = time.monotonic()
         if now - last >= LINE_EVERY_SECONDS:
             rate = (done - before) / (now - start)
-            log.info("%d/%d %s, %.2f/s, ETA %.0f s", done, total, unit, rate, (total - done) / rate)
+            figures = describe()
+            log.info(
+                "%d/%d %s, %.2f/s, ETA %.0f s%s", done, total, unit, rate, (total - done) / rate, figures and f", {figures}"
+            )
             last = now

@@ -4,7 +4,6 @@ Every random draw of a step comes from (seed, step, micro-batch number) and the 
 resumed run repeats the uninterrupted one. Losses are sums divided by the counts of the whole global batch.
 """
 
-import json
 import math
 import signal
 from dataclasses import replace
@@ -18,15 +17,16 @@ from contrec_dist.config import Config
 from contrec_dist.data.batches import EpochPlan, TrainingRows
 from contrec_dist.data.packed_batch import PackedBatch
 from contrec_dist.errors import ContRecError
-from contrec_dist.manifest import write_atomically
 from contrec_dist.progress import get_logger, track
 from contrec_dist.training.checkpoint import TrainingPosition, load_newest_checkpoint, save_checkpoint
+from contrec_dist.training.monitor import TrainingMonitor
+from contrec_dist.training.probe import ValidationProbe
+from contrec_dist.training.step_lines import METRICS_NAME, append_line, trim_lines
 from contrec_dist.training.zero3 import learning_rate_at
 from sharding.partition import count_steps, rank_micro_batches
 from sharding.token_writer import sample_key
 
 TERMS = ("lm", "negative", "diffusion", "dispersive")
-METRICS_NAME = "metrics.jsonl"
 NAMED_SAMPLES = 64
 
 
@@ -70,9 +70,10 @@ class MicroBatches(Dataset):
 class TrainingLoop:
     """Runs a DeepSpeed engine over the plan of every epoch. All ranks call every method together."""
 
-    def __init__(self, config: Config, engine, rows: TrainingRows, folder: Path):
+    def __init__(self, config: Config, engine, rows: TrainingRows, folder: Path, probe: ValidationProbe | None = None):
         self.config, self.engine, self.rows, self.folder = config, engine, rows, folder
         self.log = get_logger("train")
+        self.monitor = TrainingMonitor(config, engine, folder, probe)
         self.position = TrainingPosition()
         self.saved_step = -1
         self.bad_steps = 0
@@ -94,13 +95,24 @@ class TrainingLoop:
             self.position, self.saved_step = resumed, resumed.step
             if dist.get_rank() == 0:
                 self.log.info("resumed at step %d (epoch %d)", resumed.step, resumed.epoch)
-        self._trim_metrics()
+        if dist.get_rank() == 0:
+            trim_lines(self.folder / METRICS_NAME, self.position.step)
+        self.monitor.start(self.position.step)
+        try:
+            self._train_epochs()
+        finally:
+            self.monitor.close()
+
+    def _train_epochs(self) -> None:
+        self._probe_if_due()  # a stop asked for during this step's probe ended it
         while self.position.epoch < self.config.train.num_epochs and not self._steps_exhausted():
             self._train_epoch()
         self._save_checkpoint()
+        self._probe_if_due(at_end=True)
 
     def _train_epoch(self) -> None:
-        plan = self.rows.plan(self.position.epoch)
+        with self.monitor.data_wait():
+            plan = self.rows.plan(self.position.epoch)
         dataset = MicroBatches(self.rows, plan, self.config, self.position.epoch_step)
         num_steps = len(dataset) + self.position.epoch_step
         if self.position.epoch_step == 0 and dist.get_rank() == 0:
@@ -110,12 +122,17 @@ class TrainingLoop:
                 self.position.epoch, len(plan.user), len(plan.rows), num_steps, 100 * padding,
             )  # fmt: skip
         loader = DataLoader(dataset, batch_size=None, num_workers=0)
-        steps = iter(loader)
+        steps = self.monitor.waiting(loader)
         if dist.get_rank() == 0:
             name = f"train epoch {self.position.epoch + 1}/{self.config.train.num_epochs}"
-            steps = track(steps, stage=name, unit="steps", total=num_steps, done=self.position.epoch_step)
+            steps = track(
+                steps, stage=name, unit="steps", total=num_steps, done=self.position.epoch_step,
+                describe=self.monitor.describe,
+            )  # fmt: skip
         for micro_batches in steps:
+            self.monitor.before_step(self.position.step + 1)
             self._train_step(micro_batches, num_steps, dataset)
+            self._probe_if_due()
             self._checkpoint_if_due()
             if self._steps_exhausted():
                 return
@@ -144,12 +161,14 @@ class TrainingLoop:
             self.position, step=self.position.step + 1, epoch_step=self.position.epoch_step + 1
         )
         self._record(losses, counts)
+        num_targets, _, num_tokens = counts.long().tolist()
+        self.monitor.after_step(self.position.step, [batch for _, batch in micro_batches], losses, num_tokens, num_targets)
 
     def _forward(self, number: int, batch: PackedBatch, counts: torch.Tensor) -> dict[str, torch.Tensor]:
         """This micro-batch's share of each term of the global batch's loss."""
         seed = _draw_seed(self.config.seed, self.position.step, number)
         out = self.engine(batch.to(self.engine.device), seed)
-        num_targets, num_texts = counts.to(self.engine.device, torch.float32).clamp(min=1)
+        num_targets, num_texts, _ = counts.to(self.engine.device, torch.float32).clamp(min=1)
         share = out["num_targets"] / num_targets
         return {
             "lm": out["lm"] / num_texts,
@@ -164,10 +183,11 @@ class TrainingLoop:
         return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
     def _global_counts(self, micro_batches: list[tuple[int, PackedBatch]]) -> torch.Tensor:
-        """Targets and text labels of the whole global batch. -> (2,) float64"""
+        """Targets, text labels and positions in use of the whole global batch. -> (3,) float64"""
         counts = torch.tensor(
             [sum(len(batch.target_idx) for _, batch in micro_batches),
-             sum(len(batch.text_labels) for _, batch in micro_batches)],
+             sum(len(batch.text_labels) for _, batch in micro_batches),
+             sum(int((batch.segments > 0).sum()) for _, batch in micro_batches)],
             dtype=torch.float64, device=self.engine.device,
         )  # fmt: skip
         dist.all_reduce(counts)
@@ -212,8 +232,7 @@ class TrainingLoop:
             finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
             line = {"step": self.position.step, "epoch": self.position.epoch, **finite,
                     "learning_rate": self.learning_rate, "num_targets": int(counts[0])}  # fmt: skip
-            with open(self.folder / METRICS_NAME, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.folder / METRICS_NAME, line)
 
     def _refuse_bad_step(self, loss: float, dataset: MicroBatches, sums: dict[int, list[float]]) -> None:
         """Count a step whose loss or gradients were not finite and which was not applied; name where it came from.
@@ -238,16 +257,25 @@ class TrainingLoop:
             self.log.warning("%s (%d of %d allowed)", message, self.bad_steps, allowed)
 
     def _checkpoint_if_due(self) -> None:
+        asked = self._is_asked_to_stop()
+        if asked or self.position.step % self.config.train.checkpoint_every_steps == 0:
+            self._save_checkpoint()
+        if asked:
+            raise Interrupted(f"stopped at step {self.position.step}; run the same command again to go on")
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any rank was asked; the same answer on all of them."""
         asked = torch.tensor(float(self.stop_requested), device=self.engine.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        if asked > 0 or self.position.step % self.config.train.checkpoint_every_steps == 0:
-            self._save_checkpoint()
-        if asked > 0:
-            raise Interrupted(f"stopped at step {self.position.step}; run the same command again to go on")
+        return bool(asked > 0)
+
+    def _probe_if_due(self, *, at_end: bool = False) -> None:
+        self.monitor.probe_if_due(self.position.step, self._is_asked_to_stop, at_end=at_end)
 
     def _save_checkpoint(self) -> None:
         if self.saved_step != self.position.step:
-            save_checkpoint(self.engine, self.folder, self.position, self.config.train.keep_last_n)
+            with self.monitor.pausing():
+                save_checkpoint(self.engine, self.folder, self.position, self.config.train.keep_last_n)
             self.saved_step = self.position.step
 
     def _request_stop(self, number: int, frame) -> None:
@@ -255,21 +283,6 @@ class TrainingLoop:
 
     def _steps_exhausted(self) -> bool:
         return 0 < self.config.train.max_steps <= self.position.step
-
-    def _trim_metrics(self) -> None:
-        """Drop metric lines of steps that the checkpoint does not hold: they will be written again."""
-        path = self.folder / METRICS_NAME
-        if dist.get_rank() == 0 and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if _line_step(line) <= self.position.step]
-            write_atomically(path, "".join(line + "\n" for line in lines).encode())
-
-
-def _line_step(line: str) -> float:
-    """Step of a metrics line; a line that a kill cut short counts as never written."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
 
 
 def _draw_seed(seed: int, step: int, number: int) -> int:

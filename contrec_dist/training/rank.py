@@ -110,9 +110,12 @@ def train_and_export(config: Config, work: Path) -> dict:
     import deepspeed
     import torch.distributed as dist
 
-    from contrec_dist.training.loop import METRICS_NAME, TrainingLoop
+    from contrec_dist.training.loop import TrainingLoop
+    from contrec_dist.training.step_lines import METRICS_NAME
+    from contrec_dist.training.trackers import check_trackers
     from contrec_dist.training.zero3 import deepspeed_config, parameter_groups
 
+    check_trackers(config.monitor)
     world_size = dist.get_world_size()
     settings = deepspeed_config(config, world_size)
     checkpoints = config.folder("checkpoints") / json.loads((work / IDENTITY_NAME).read_text())["identity"][:12]
@@ -127,7 +130,7 @@ def train_and_export(config: Config, work: Path) -> dict:
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     del born_partitioned  # from here on models load whole: rank 0 will load its export, alone
-    loop = TrainingLoop(config, engine, data.rows, checkpoints)
+    loop = TrainingLoop(config, engine, data.rows, checkpoints, data.open_probe(config, engine.module))
     engine.train()
     loop.fit()
     state = gather_state(engine.module, partitioned=config.zero.stage == 3)
@@ -179,6 +182,14 @@ class TrainingData:
             log_popularity=popularity - popularity.max(),
             latent_noise=config.tokenizer.sigma / float(self.latent_std.mean()),
         )
+
+    def open_probe(self, config: Config, model):
+        """The validation probe of the config; None where it asks for none, or there are no validation users."""
+        from contrec_dist.training.probe import ValidationProbe
+
+        if config.monitor.probe_every_steps == 0 or not (self.rows.reader.validation_pos >= 0).any():
+            return None
+        return ValidationProbe(config, model, self.rows.texts, self.rows.user_latents)
 
 
 def gather_state(model: torch.nn.Module, *, partitioned: bool) -> dict[str, torch.Tensor]:
