@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two spinning processes on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
+    "precompute": ("contrec_dist.benchmarks.precompute", "rows/s a core against a bare loop, memory, cost against size"),
     "index": ("contrec_dist.benchmarks.index", "queries/s and recall of the FAISS index against exact search, in one and in several shards"),
     "tiger_decoder": ("contrec_dist.benchmarks.tiger_decoder", "users/s of TIGER's beam search over any number of items"),
     "train": ("contrec_dist.benchmarks.train", "tokens/s, MFU, memory and waiting of training; the paper's scheme; the head's cost"),

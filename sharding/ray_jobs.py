@@ -17,11 +17,10 @@ Stage    precompute and score. How to use it:
 
 Promise  A part is a fixed range of the input under a fixed name. The worker writes it under a temporary name, fsyncs,
          renames, and then records it with its sha256 in `<output_folder>/.parts/<name>.json`. A recorded part whose
-         files still have that sha256 is not made again, so a killed job continues where it was. A worker that dies is
-         replaced by Ray and its part made again; an exception of the part's own code ends the job at once, naming it.
+         files still have that sha256 is not made again, so a killed job continues where it was. Parts of a worker or node
+         that dies are made by others (ray_workers.py); an exception of the part's own code ends the job, naming it.
          Every worker computes with one thread whatever it reserves, so that the bits depend on no setting of `ray`.
-Cost     Two parts a worker are in flight. Files are read once more for their sha256. Output folder and inputs must lie
-         on a file system that all nodes share.
+Cost     Files are read once more for their sha256. Output folder and inputs must lie on a file system that all nodes share.
 """
 
 import json
@@ -29,35 +28,22 @@ import logging
 import math
 import os
 import shutil
-from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Protocol, Sequence
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from contrec_dist.config import RayConfig
-from contrec_dist.errors import ConfigError, ContRecError
+from contrec_dist.errors import ConfigError
 from contrec_dist.manifest import hash_file, hash_json, write_json
 from contrec_dist.progress import get_logger, track
+from sharding.ray_workers import PartError, WorkerPool
+
+__all__ = ["Part", "PartError", "PartWorker", "ray_session", "read_part_hashes", "remove_part_records", "run_parts"]
 
 RECORDS_FOLDER = ".parts"
-PARTS_IN_FLIGHT = 2
-MAX_WORKER_DEATHS = 3
-WARN_AFTER_SECONDS = 60.0
-
-
-class PartError(ContRecError):
-    """A part that could not be made: which one, of which stage, and why."""
-
-    def __init__(self, stage: str, part: str, cause: str):
-        super().__init__(stage, part, cause)
-        self.stage, self.part, self.cause = stage, part, cause
-
-    def __str__(self) -> str:
-        return f"{self.stage}, part '{self.part}': {self.cause}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +98,7 @@ def _show_resources() -> str:
 def _check_one_fits(config: RayConfig, *, grows: bool) -> None:
     """A local cluster never grows: what no worker can get there is an error, not a wait for ever."""
     available = ray.cluster_resources()
-    for key, resource in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU")):
+    for key, resource in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU"), ("memory_bytes_per_worker", "memory")):
         asked, there = getattr(config, key), available.get(resource, 0.0)
         if asked > there and not grows:
             raise ConfigError(f"ray.{key}", asked, f"at most {there}, what this machine has")
@@ -136,20 +122,26 @@ def run_parts(
     output_folder = Path(output_folder).absolute()  # a worker has another current folder
     _check_names(parts)
     _prepare_folders(output_folder, parts)
-    num_workers = min(workers.num_workers, len(parts))
-    actors = [_start_actor(workers, output_folder, worker_factory, arguments) for _ in range(num_workers)]
+    pool = WorkerPool(
+        lambda: _start_actor(workers, output_folder, worker_factory, arguments), workers, len(parts), stage
+    )
     results = {}
     try:
-        finished = _finish_parts(parts, actors, workers, stage)
-        for part, result in track(finished, stage=stage, unit=unit, total=len(parts)):
+        for part, result in track(pool.finish(parts), stage=stage, unit=unit, total=len(parts)):
             results[part.name] = result
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        pool.close()
     num_kept = sum(result["kept"] for result in results.values())
     if num_kept:
         get_logger(stage).info("%d of %d %s were complete before", num_kept, len(parts), unit)
     return [results[part.name]["facts"] for part in parts]
+
+
+def read_part_hashes(output_folder: Path, parts: Sequence[Part]) -> dict[str, str]:
+    """{file: sha256} of the parts that are recorded, as they were taken when the files were written."""
+    paths = [path for part in parts if (path := _record_path(Path(output_folder), part)).is_file()]
+    records = [json.loads(path.read_text()) for path in paths]
+    return {name: file["sha256"] for record in records for name, file in record["files"].items()}
 
 
 def remove_part_records(output_folder: Path) -> None:
@@ -236,12 +228,12 @@ def _prepare_folders(output_folder: Path, parts: Sequence[Part]) -> None:
 
 
 def _start_actor(workers: RayConfig, output_folder: Path, worker_factory, arguments: dict):
-    """Ask Ray for a worker process; it restarts one that dies and gives it its parts again."""
+    """Ask Ray for a worker process."""
     options = {
         "num_cpus": workers.cpus_per_worker,
         "num_gpus": workers.gpus_per_worker,
-        "max_restarts": -1,
-        "max_task_retries": MAX_WORKER_DEATHS,
+        "memory": workers.memory_bytes_per_worker or None,
+        "max_restarts": 0,  # the pool replaces it: a restart waits for ever where the cluster has no room left
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": _worker_environment()},
     }
@@ -256,40 +248,3 @@ def _worker_environment() -> dict[str, str]:
         paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return environment
-
-
-def _finish_parts(parts: Sequence[Part], actors: list, workers: RayConfig, stage: str) -> Iterator[tuple[Part, dict]]:
-    """Yield (part, result) as they finish. A worker gets parts once its process is up, then one for each it ends."""
-    waiting, running = deque(parts), {}
-    starting = {actor.ready.remote(): actor for actor in actors}
-    while waiting or running:
-        done, _ = ray.wait([*running, *starting], timeout=WARN_AFTER_SECONDS)
-        if not done and not running:
-            _warn_no_worker(workers, stage)
-        for reference in done:
-            if reference in starting:
-                actor, num_free = starting.pop(reference), PARTS_IN_FLIGHT
-                _fetch(reference, stage, "start of a worker")
-            else:
-                (part, actor), num_free = running.pop(reference), 1
-                yield part, _fetch(reference, stage, part.name)
-            for _ in range(min(num_free, len(waiting))):
-                part = waiting.popleft()
-                running[actor.work.remote(part)] = (part, actor)
-
-
-def _fetch(reference, stage: str, name: str) -> dict:
-    """A worker's answer, its exceptions turned into one that names the part."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise PartError(stage, name, f"{type(error.cause).__name__}: {error.cause}") from error
-    except RayError as error:
-        cause = f"its worker process died {MAX_WORKER_DEATHS + 1} times ({type(error).__name__}: {error})"
-        raise PartError(stage, name, cause) from error
-
-
-def _warn_no_worker(workers: RayConfig, stage: str) -> None:
-    asked = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
-    message = "no worker has started for %d s: each asks for %s, the cluster has %s"
-    get_logger(stage).warning(message, WARN_AFTER_SECONDS, asked, ray.cluster_resources())

@@ -21,7 +21,7 @@ from contrec_dist.config import Config
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import Manifest, run_stage
 from sharding.partition import part_ranges
-from sharding.ray_jobs import Part, ray_session, remove_part_records, run_parts
+from sharding.ray_jobs import Part, ray_session, read_part_hashes, remove_part_records, run_parts
 from sharding.token_writer import TokenSample, shard_name, write_shard
 
 STAGE = "precompute"
@@ -52,9 +52,11 @@ def _build(config: Config, work: Path) -> dict:
     with ray_session(config.ray):
         _encode_tables(config, work, {"item": num_items, **({"user": num_users} if has_user_tokens else {})})
         _write_statistics(config, work)
-        _write_shards(config, work, num_users)
+        parts = _cut_users(num_users, config.precompute.users_per_shard)
+        _write_shards(config, work, parts)
+    hashes = read_part_hashes(work, parts)
     remove_part_records(work)
-    return _describe(work, has_user_tokens)
+    return _describe(work, has_user_tokens, hashes)
 
 
 class LatentEncoder:
@@ -188,14 +190,19 @@ def _mean_of(latents: np.ndarray, rows: np.ndarray, transform: Callable[[np.ndar
     return sum(transform(latents[chunk].astype(np.float64)).sum(axis=0) for chunk in chunks) / len(rows)
 
 
-def _write_shards(config: Config, work: Path, num_users: int) -> None:
+def _cut_users(num_users: int, users_per_shard: int) -> list[Part]:
+    """A shard and its piece of the index are one part."""
+    parts = []
+    for shard, (start, stop) in enumerate(part_ranges(num_users, users_per_shard)):
+        payload = {"shard": shard, "start": start, "stop": stop}
+        files = (shard_name(shard), f"{INDEX_PARTS}/{shard:06d}.parquet")
+        parts.append(Part(name=shard_name(shard), payload=payload, files=files))
+    return parts
+
+
+def _write_shards(config: Config, work: Path, parts: list[Part]) -> None:
     """Lay the users out in shards; index.parquet comes last, so where it is all shards are."""
     if not (work / "index.parquet").is_file():
-        parts = []
-        for shard, (start, stop) in enumerate(part_ranges(num_users, config.precompute.users_per_shard)):
-            payload = {"shard": shard, "start": start, "stop": stop}
-            files = (shard_name(shard), f"{INDEX_PARTS}/{shard:06d}.parquet")
-            parts.append(Part(name=shard_name(shard), payload=payload, files=files))
         arguments = {
             "catalog_folder": config.folder("catalog").absolute(),
             "latents_path": work.absolute() / "item_latents.npy",
@@ -252,15 +259,16 @@ def _check_histories(path: Path, histories: pl.DataFrame, payload: dict, num_ite
         raise ArtifactError(path, got, f"items in 0..{num_items - 1} and positions inside the history")
 
 
-def _describe(work: Path, has_user_tokens: bool) -> dict:
-    """Facts for the manifest."""
+def _describe(work: Path, has_user_tokens: bool, hashes: dict[str, str]) -> dict:
+    """Facts for the manifest. `hashes`: the sha256 of shards that were taken when they were written."""
     index = pl.read_parquet(work / "index.parquet")
     names = ["item_latents", "latent_mean", "latent_std"] + ["user_latents"] * has_user_tokens
     arrays = {f"{name}.npy": np.load(work / f"{name}.npy", mmap_mode="r") for name in names}
     files = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
     files["index.parquet"] = {"rows": len(index)}
     for shard, rows in index.group_by("shard").len().rows():
-        files[shard_name(shard)] = {"rows": rows}
+        name = shard_name(shard)
+        files[name] = {"rows": rows, **({"sha256": hashes[name]} if name in hashes else {})}
     num_items, num_item_tokens, latent_dim = arrays["item_latents.npy"].shape
     return {
         "files": files,

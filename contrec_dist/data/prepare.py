@@ -21,7 +21,7 @@ from contrec_dist.manifest import Manifest, hash_file, run_stage
 from contrec_dist.progress import get_logger
 
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
-ROW_GROUP_ROWS = 262_144
+ROW_GROUP_ROWS = 16_384  # readers take a range of users and decode whole row groups
 
 
 def run(config: Config) -> Manifest:
@@ -45,11 +45,16 @@ def _build(config: Config, work: Path) -> dict:
     users = logs.user_ids.alias("user_id").to_frame().with_row_index("user_idx").cast({"user_idx": pl.Int64})
     frames = {ITEMS_FILE: items, USERS_FILE: users, HISTORIES_FILE: histories}
     for name, frame in frames.items():
-        frame.rechunk().write_parquet(work / name, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+        write_frame(frame, work / name)
     facts = describe(logs, items, histories)
     log_facts(facts, logs.bad)
     files = {name: {"rows": len(frame), "columns": frame.columns} for name, frame in frames.items()}
     return {**facts, "files": files}
+
+
+def write_frame(frame: pl.DataFrame, path: Path) -> None:
+    """Write a table of the catalogue."""
+    frame.rechunk().write_parquet(path, compression="zstd", row_group_size=ROW_GROUP_ROWS)
 
 
 def build_histories(config: Config, logs: CleanLogs) -> pl.DataFrame:
