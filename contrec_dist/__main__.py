@@ -12,9 +12,10 @@ from importlib import import_module
 from rich.console import Console
 
 from contrec_dist.config import Config, load_config
-from contrec_dist.errors import ContRecError
+from contrec_dist.errors import ContRecError, StageStopped
 from contrec_dist.manifest import Manifest
 from contrec_dist.progress import get_logger
+from contrec_dist.training.stop import remove_stop_file
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two spinning processes on two cores slow each other tenfold
 
@@ -47,8 +48,13 @@ def run_stage_by_name(name: str, config: Config) -> Manifest:
 
 
 def run_pipeline(config: Config) -> None:
-    """All stages in order; the complete ones are skipped. The last one prints the table of results."""
+    """All stages in order; the complete ones are skipped. The last one prints the table of results.
+
+    Errors   StageStopped when training was asked to stop, or when a stop-file lies there between two stages
+    """
     for name in STAGES:
+        if remove_stop_file(config):
+            raise StageStopped(f"stopped before {name}; run the same command again to go on", config.launch.requeue_exit_code)
         run_stage_by_name(name, config)
 
 
@@ -83,13 +89,18 @@ def _add_config_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 1 a named error; a command may have others."""
+    """Entry point. Returns the exit code: 0 done, 1 a named error, launch.requeue_exit_code after a stop that was asked for;
+    a command may have others.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if " ".join(arguments[:2]) in COMMANDS:  # "index add" is one name
         arguments[:2] = [" ".join(arguments[:2])]
     parsed = build_parser().parse_args(arguments)
     try:
         return _execute(parsed)
+    except StageStopped as stopped:
+        get_logger(parsed.command).warning("%s", stopped)
+        return stopped.exit_code
     except ContRecError as error:
         get_logger(parsed.command).error("%s", error)
         return 1

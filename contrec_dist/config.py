@@ -508,10 +508,22 @@ class LaunchConfig:
     "DeepSpeed hostfile for several machines; empty: this machine"
     threads: int = 0
     "CPU threads a process; 0: cores / processes"
-    timeout_minutes: int = 30
-    "process-group timeout"
+    timeout_minutes: int = 40
+    "process-group timeout; more than stall_seconds, whose message says more"
+    resume: str = "auto"
+    "'auto': go on from the newest good checkpoint; 'never': start anew, what is there is set aside; or a step, or a path"
+    requeue_exit_code: int = 0
+    "exit code after a stop that was asked for (signal, stop-file), once a checkpoint is saved; for schedulers that requeue"
+    stall_seconds: int = 1800
+    "a run in which no rank makes anything for so long writes the stacks of all ranks to logs/ and ends; 0: never"
     deepspeed_config: str = ""
     "DeepSpeed JSON of your own; it joins what this config derives (training/deepspeed_file.py)"
+
+    def __post_init__(self):
+        if self.requeue_exit_code == 1 or not 0 <= self.requeue_exit_code <= 255:
+            raise ConfigError("launch.requeue_exit_code", self.requeue_exit_code, "0 or 2 to 255 (1 is that of a failure)")
+        if self.stall_seconds < 0:
+            raise ConfigError("launch.stall_seconds", self.stall_seconds, "seconds, or 0 for no watchdog")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,6 +8,17 @@ class ContRecError(Exception):
     """Base of every error that this project raises on purpose."""
 
 
+class StageStopped(ContRecError):
+    """A stage was asked to stop and did; the same command goes on. The command ends with exit_code."""
+
+    def __init__(self, message: str, exit_code: int = 0):
+        super().__init__(message, exit_code)
+        self.message, self.exit_code = message, exit_code
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class ConfigError(ContRecError):
     """A configuration value that cannot be used."""
 

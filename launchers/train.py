@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 trained, or stopped with a checkpoint in place; 1 a named error."""
+    """Exit code: 0 trained; launch.requeue_exit_code stopped with a checkpoint in place; 1 a named error."""
     from contrec_dist.training.starter import stop_with_starter
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train_rank(files: list[str], overrides: list[str]) -> int:
     """Train with what the files and key=value arguments say; errors go to the log."""
     from contrec_dist.config import load_config
-    from contrec_dist.errors import ContRecError
+    from contrec_dist.errors import ContRecError, StageStopped
     from contrec_dist.progress import get_logger
 
     # DeepSpeed and PEFT call torch and transformers by names that are going: lines on every rank, for nobody here to act on.
@@ -39,14 +39,13 @@ def train_rank(files: list[str], overrides: list[str]) -> int:
     try:
         config = load_config(files, overrides)
 
-        from contrec_dist.training.loop import Interrupted
         from contrec_dist.training.rank import run_rank
 
-        try:
-            run_rank(config)
-        except Interrupted as stopped:
-            if os.environ.get("RANK", "0") == "0":
-                get_logger("train").warning("%s", stopped)
+        run_rank(config)
+    except StageStopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            get_logger("train").warning("%s", stopped)
+        return stopped.exit_code
     except ContRecError as error:
         get_logger("train").error("%s", error)
         return 1

@@ -5,7 +5,6 @@ resumed run repeats the uninterrupted one. Losses are sums divided by the counts
 """
 
 import math
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,22 +15,22 @@ from torch.utils.data import DataLoader, Dataset
 from contrec_dist.config import Config
 from contrec_dist.data.batches import EpochPlan, TrainingRows
 from contrec_dist.data.packed_batch import PackedBatch
-from contrec_dist.errors import ContRecError
+from contrec_dist.errors import ContRecError, StageStopped
 from contrec_dist.progress import get_logger, track
-from contrec_dist.training.checkpoint import TrainingPosition, load_newest_checkpoint, save_checkpoint
+from contrec_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from contrec_dist.training.checkpoint_files import TrainingPosition
+from contrec_dist.training.frozen_base import find_frozen_base
 from contrec_dist.training.monitor import TrainingMonitor
 from contrec_dist.training.probe import ValidationProbe
 from contrec_dist.training.step_lines import METRICS_NAME, append_line, trim_lines
+from contrec_dist.training.stop import StopRequest
+from contrec_dist.training.watchdog import Watchdog
 from contrec_dist.training.zero3 import learning_rate_at
 from sharding.partition import count_steps, rank_micro_batches
 from sharding.token_writer import sample_key
 
 TERMS = ("lm", "negative", "diffusion", "dispersive")
 NAMED_SAMPLES = 64
-
-
-class Interrupted(ContRecError):
-    """The run was asked to stop; a checkpoint of its last step is in place."""
 
 
 class MicroBatches(Dataset):
@@ -70,31 +69,32 @@ class MicroBatches(Dataset):
 class TrainingLoop:
     """Runs a DeepSpeed engine over the plan of every epoch. All ranks call every method together."""
 
-    def __init__(self, config: Config, engine, rows: TrainingRows, folder: Path, probe: ValidationProbe | None = None):
-        self.config, self.engine, self.rows, self.folder = config, engine, rows, folder
+    def __init__(
+        self, config: Config, engine, rows: TrainingRows, folder: Path, watchdog: Watchdog, probe: ValidationProbe | None = None
+    ):
+        self.config, self.engine, self.rows, self.folder, self.watchdog = config, engine, rows, folder, watchdog
         self.log = get_logger("train")
         self.monitor = TrainingMonitor(config, engine, folder, probe)
         self.position = TrainingPosition()
         self.saved_step = -1
-        self.bad_steps = 0
-        self.loss_is_finite = True
+        self.step_is_good = True
         if config.zero.stage == 0:  # without ZeRO, DeepSpeed applies gradients that are not finite
             engine.optimizer.register_step_pre_hook(self._withhold_bad_step)
-        self.stop_requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request_stop)
+        self.base = find_frozen_base(config.backbone)
+        self.stop = StopRequest(config)
 
     def fit(self) -> None:
-        """Train to the end, from the newest good checkpoint if there is one.
+        """Train to the end, from the checkpoint that launch.resume asks for.
 
-        Errors   Interrupted after SIGTERM or SIGINT, with a checkpoint of the last step in place
-                 ContRecError when max_bad_steps losses were not finite
+        Errors   StageStopped after SIGTERM, SIGINT or a stop-file, with a checkpoint of the last step in place
+                 ContRecError when more than max_bad_steps steps could not be applied
         """
-        resumed = load_newest_checkpoint(self.engine, self.folder)
+        resumed = load_checkpoint(self.engine, self.folder, resume=self.config.launch.resume, base=self.base)
         if resumed is not None:
             self.position, self.saved_step = resumed, resumed.step
             if dist.get_rank() == 0:
                 self.log.info("resumed at step %d (epoch %d)", resumed.step, resumed.epoch)
+        self.watchdog.beat("checkpoint loaded")
         if dist.get_rank() == 0:
             trim_lines(self.folder / METRICS_NAME, self.position.step)
         self.monitor.start(self.position.step)
@@ -109,6 +109,7 @@ class TrainingLoop:
             self._train_epoch()
         self._save_checkpoint()
         self._probe_if_due(at_end=True)
+        self._stop_if_asked()
 
     def _train_epoch(self) -> None:
         with self.monitor.data_wait():
@@ -151,9 +152,9 @@ class TrainingLoop:
             self.engine.backward(self._weighted(terms) * dist.get_world_size() * len(micro_batches))
             sums[number] = [float(terms[name].detach()) for name in TERMS]
         losses = self._sum_over_ranks(list(sums.values()))
-        self.loss_is_finite = math.isfinite(losses["loss"])
+        self.step_is_good = math.isfinite(losses["loss"])
         self.engine.step()
-        if not (self.loss_is_finite and self.engine.was_step_applied()):
+        if not (self.step_is_good and self.engine.was_step_applied()):
             self._refuse_bad_step(losses["loss"], dataset, sums)
         else:
             self._update_average()
@@ -161,6 +162,7 @@ class TrainingLoop:
             self.position, step=self.position.step + 1, epoch_step=self.position.epoch_step + 1
         )
         self._record(losses, counts)
+        self.watchdog.beat(f"step {self.position.step}")
         num_targets, _, num_tokens = counts.long().tolist()
         self.monitor.after_step(self.position.step, [batch for _, batch in micro_batches], losses, num_tokens, num_targets)
 
@@ -216,7 +218,9 @@ class TrainingLoop:
 
     def _withhold_bad_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
         """Without gradients the optimizer leaves weights and moments as they are."""
-        if not self.loss_is_finite:
+        gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+        self.step_is_good &= bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        if not self.step_is_good:
             optimizer.zero_grad(set_to_none=True)
 
     def _sum_over_ranks(self, shares: list[list[float]]) -> dict[str, float]:
@@ -239,7 +243,7 @@ class TrainingLoop:
 
         Errors   ContRecError once there are more than max_bad_steps
         """
-        self.bad_steps += 1
+        bad_steps = self.position.bad_steps + 1
         step, rank = self.position.epoch_step, dist.get_rank()
         mine = [
             f"rank {rank}, micro-batch {number}, samples {dataset.name_samples(step, number)}"
@@ -251,35 +255,40 @@ class TrainingLoop:
         places = "; ".join(place for places in found for place in places) or "gradients of all ranks together"
         message = f"step {self.position.step + 1}: loss {loss}, step not applied: {places}"
         allowed = self.config.train.max_bad_steps
-        if self.bad_steps > allowed:
+        if bad_steps > allowed:
             raise ContRecError(f"{message}. More than train.max_bad_steps={allowed}; the last good checkpoint is kept")
         if dist.get_rank() == 0:
-            self.log.warning("%s (%d of %d allowed)", message, self.bad_steps, allowed)
+            self.log.warning("%s (%d of %d allowed)", message, bad_steps, allowed)
+        self.position = replace(self.position, bad_steps=bad_steps)
 
     def _checkpoint_if_due(self) -> None:
-        asked = self._is_asked_to_stop()
-        if asked or self.position.step % self.config.train.checkpoint_every_steps == 0:
+        if self.position.step % self.config.train.checkpoint_every_steps == 0:
             self._save_checkpoint()
-        if asked:
-            raise Interrupted(f"stopped at step {self.position.step}; run the same command again to go on")
-
-    def _is_asked_to_stop(self) -> bool:
-        """Whether any rank was asked; the same answer on all of them."""
-        asked = torch.tensor(float(self.stop_requested), device=self.engine.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked > 0)
+        self._stop_if_asked()
 
     def _probe_if_due(self, *, at_end: bool = False) -> None:
-        self.monitor.probe_if_due(self.position.step, self._is_asked_to_stop, at_end=at_end)
+        self.monitor.probe_if_due(self.position.step, self._leave_probe, at_end=at_end)
+
+    def _leave_probe(self) -> bool:
+        """Asked in front of every part of a probe: whether the run is to stop."""
+        self.watchdog.beat(f"part of the probe at step {self.position.step}")
+        return bool(self.stop.agree(self.engine.device))
 
     def _save_checkpoint(self) -> None:
         if self.saved_step != self.position.step:
             with self.monitor.pausing():
-                save_checkpoint(self.engine, self.folder, self.position, self.config.train.keep_last_n)
+                save_checkpoint(self.engine, self.folder, self.position, self.config.train.keep_last_n, self.base)
             self.saved_step = self.position.step
+            self.watchdog.beat(f"checkpoint of step {self.position.step}")
 
-    def _request_stop(self, number: int, frame) -> None:
-        self.stop_requested = True
+    def _stop_if_asked(self) -> None:
+        """All ranks together: save and end where one of them was asked to."""
+        reason = self.stop.agree(self.engine.device)
+        if reason:
+            self._save_checkpoint()
+            self.stop.honour()
+            step, code = self.position.step, self.config.launch.requeue_exit_code
+            raise StageStopped(f"stopped at step {step} by {reason}; run the same command again to go on", code)
 
     def _steps_exhausted(self) -> bool:
         return 0 < self.config.train.max_steps <= self.position.step

@@ -22,6 +22,7 @@ from contrec_dist.manifest import IDENTITY_NAME, Manifest, run_stage
 from contrec_dist.model.backbone import load_text_tokenizer, train_text_tokenizer
 from contrec_dist.model.export import build_model, load_export, save_export
 from contrec_dist.training.train import STAGE, load_user_latents
+from contrec_dist.training.watchdog import Watchdog
 from sharding.token_reader import TokenReader
 
 PROBE_QUERIES = 1000
@@ -107,6 +108,13 @@ def _hear_decision() -> str | None:
 
 def train_and_export(config: Config, work: Path) -> dict:
     """Train on all ranks together, export into `work` on rank 0, and return the stage's facts."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    logs = Path(config.run_dir) / "logs"
+    with Watchdog(config.launch.stall_seconds, logs, rank=rank, world_size=world_size) as watchdog:
+        return _train_and_export(config, work, watchdog)
+
+
+def _train_and_export(config: Config, work: Path, watchdog: Watchdog) -> dict:
     import deepspeed
     import torch.distributed as dist
 
@@ -122,6 +130,7 @@ def train_and_export(config: Config, work: Path) -> dict:
     checkpoints.mkdir(parents=True, exist_ok=True)
     tokenizer = _shared_tokenizer(config, checkpoints)
     data = TrainingData.open(config, tokenizer)
+    watchdog.beat("data opened")
     born_partitioned = _keep_zero_init(config, settings)
     torch.manual_seed(config.seed)
     model = data.build_model(config)
@@ -130,17 +139,20 @@ def train_and_export(config: Config, work: Path) -> dict:
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     del born_partitioned  # from here on models load whole: rank 0 will load its export, alone
-    loop = TrainingLoop(config, engine, data.rows, checkpoints, data.open_probe(config, engine.module))
+    watchdog.beat("engine started")
+    loop = TrainingLoop(config, engine, data.rows, checkpoints, watchdog, data.open_probe(config, engine.module))
     engine.train()
     loop.fit()
     state = gather_state(engine.module, partitioned=config.zero.stage == 3)
+    watchdog.beat("weights gathered")
     if dist.get_rank() == 0:
         save_export(engine.module, state, tokenizer, work, _pairing(config))
+        watchdog.beat("export written")
         if (checkpoints / METRICS_NAME).is_file():
             shutil.copyfile(checkpoints / METRICS_NAME, work / METRICS_NAME)
         write_retrieval_inputs(config, work)
     dist.barrier()
-    return {"num_steps": loop.position.step, "world_size": world_size, "bad_steps": loop.bad_steps}
+    return {"num_steps": loop.position.step, "world_size": world_size, "bad_steps": loop.position.bad_steps}
 
 
 @dataclasses.dataclass

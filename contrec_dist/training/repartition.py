@@ -20,23 +20,24 @@ import torch.distributed as dist
 from contrec_dist.errors import ArtifactError
 
 
-def load_repartitioned(engine, checkpoint: Path, tag: str) -> tuple[str | None, dict]:
+def load_repartitioned(engine, checkpoint: Path, tag: str, *, work: Path) -> tuple[str | None, dict]:
     """What engine.load_checkpoint returns, for a checkpoint of another number of ranks. All ranks call this together.
+
+    The universal form lies in `work` meanwhile.
 
     Errors   ArtifactError with the end of the converter's log
     """
-    universal = checkpoint.with_name(f".{checkpoint.name}.universal")
-    failure = [_convert(checkpoint / tag, universal / tag) if dist.get_rank() == 0 else None]
+    failure = [_convert(checkpoint / tag, work / tag) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise ArtifactError(checkpoint, f"a failed conversion: {failure[0]}", "a checkpoint for another number of ranks")
     with _reading_universal(engine), _keeping_weight_decay(engine):
-        loaded = engine.load_checkpoint(str(universal), tag=tag)
+        loaded = engine.load_checkpoint(str(work), tag=tag)
     _separate_step_counts(engine)
     _load_buffers(engine, checkpoint / tag)
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(universal)
+        shutil.rmtree(work)
     return loaded
 
 

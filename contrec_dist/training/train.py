@@ -14,7 +14,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from contrec_dist.config import Config
-from contrec_dist.errors import ConfigError, ContRecError
+from contrec_dist.errors import ConfigError, ContRecError, StageStopped
 from contrec_dist.manifest import Manifest, find_complete, lock_folder, write_atomically
 from contrec_dist.progress import get_logger
 from contrec_dist.training.starter import run_launcher
@@ -31,7 +31,8 @@ def run(config: Config) -> Manifest:
     """Train with `deepspeed` unless the model is complete.
 
     Errors   ArtifactError when another process trains this run
-             ContRecError with the exit code of a failed run, or when it was stopped before its end
+             ContRecError with the exit code of a failed run
+             StageStopped when it was asked to stop: before its end, or during the export, which is then complete
     """
     with lock_folder(config, STAGE["folder"]):  # a second trainer is refused here, before any rank starts
         done = find_complete(config, **STAGE)
@@ -41,11 +42,14 @@ def run(config: Config) -> Manifest:
     command, environment = launch_command(config)
     get_logger("train").info("starting: %s", " ".join(command))
     code, asked_to_stop = run_launcher(command, environment)
-    if code != 0 and not asked_to_stop:
+    stop_code = config.launch.requeue_exit_code
+    if code not in (0, stop_code) and not asked_to_stop:
         raise ContRecError(f"training ended with exit code {code}; its log is above, its checkpoints are kept")
     done = find_complete(config, **STAGE)
     if done is None:
-        raise ContRecError("training stopped before its end; run the same command again to go on")
+        raise StageStopped("training stopped before its end; run the same command again to go on", stop_code)
+    if asked_to_stop:
+        raise StageStopped("training is complete; stopped after it, as asked", stop_code)
     return done
 
 

@@ -93,14 +93,16 @@ def run_contrec(stage: str, config: Config, log_path: Path, *overrides: str, **e
     return command
 
 
-def run_several(configs: dict[str, Config], folder: Path, **extra: str) -> Command:
-    """Train the configs in one start of DeepSpeed on two ranks (train_several.py); observations lie in `folder`."""
+def run_several(
+    configs: dict[str, Config], folder: Path, *options: str, num_ranks: int = 2, **extra: str
+) -> Command:
+    """Train the configs in one start of DeepSpeed (train_several.py, its options); observations lie in `folder`."""
     paths = [str(write_config(config, folder / f"{name}.yaml")) for name, config in configs.items()]
     script = Path(__file__).with_name("train_several.py")
     command = start(
-        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()),
-         str(script), "--observe", str(folder), *paths],
-        folder / "several.log", **extra,
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port",
+         str(free_port()), str(script), "--observe", str(folder), *options, *paths],
+        folder / f"several_on_{num_ranks}.log", **extra,
     )  # fmt: skip
     try:
         assert command.wait() == 0, command.log

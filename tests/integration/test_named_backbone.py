@@ -3,6 +3,7 @@ LoRA under ZeRO-3 on two ranks, exported, loaded without DeepSpeed and scored.
 """
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,19 +13,22 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from launched import copy_run, run_several
-from safetensors.torch import load_file
+from launched import copy_run, file_hashes, run_several
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from contrec_dist.config import Config, LoraConfig
+from contrec_dist.manifest import stage_identity
 from contrec_dist.model.backbone import train_text_tokenizer
 from contrec_dist.model.export import load_export
 from contrec_dist.retrieval.user_views import UserViews
+from contrec_dist.training.train import STAGE
 
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's call
 ]
+INPUTS = ("catalog", "embeddings", "tokenizer", "tokens")
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 RUNS = {"llama": ("llama", 3), "qwen2": ("qwen2", 3), "llama_stage2": ("llama", 2)}
 
@@ -54,10 +58,12 @@ def trained(run_config, reference, folder, requests) -> dict[str, Config]:
             zero=replace(run_config.zero, stage=stage, persistence_threshold=0),
             train=replace(run_config.train, num_epochs=1),
         )
-        configs[name] = copy_run(reference[0], config, "catalog", "embeddings", "tokenizer", "tokens")
+        configs[name] = copy_run(reference[0], config, *INPUTS)
+    cut = copy_run(reference[0], replace(configs["llama"], run_dir=str(folder / "cut")), *INPUTS)
+    configs |= {"cut": cut, "cut_again": cut, "other_base": _on_another_base(configs["llama"], reference[0], folder)}
     hub = _start_hub(requests)
     try:
-        run_several(configs, folder, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HUB_OFFLINE="0")
+        run_several(configs, folder, "--stop=cut=3", HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HUB_OFFLINE="0")
     finally:
         hub.shutdown()
         hub.server_close()
@@ -112,6 +118,30 @@ def test_checkpoints_of_adapters_are_complete(trained, family):
     assert list(Path(trained[family].run_dir).glob("checkpoints/*/step-*/complete.json"))
 
 
+def test_checkpoint_of_adapters_holds_no_base(trained):
+    """Neither under its first names nor under those of tied weights, in any rank's files."""
+    checkpoint = max(Path(trained["llama_stage2"].run_dir).glob("checkpoints/*/step-*"))
+    base = load_export(trained["llama_stage2"].folder("model"))[0].backbone.get_base_model()
+    state = torch.load(checkpoint / "state" / "mp_rank_00_model_states.pt", weights_only=False)
+    assert not [name for name in state["module"] if name.startswith("backbone.") and "lora_" not in name]
+    assert state["frozen_param_fragments"] is None
+    num_base = sum(value.numel() for value in base.state_dict().values() if value.is_floating_point())
+    kept = sum(value.numel() for name, value in state["module"].items() if "lora_" in name)
+    assert 0 < 10 * kept < num_base
+
+
+def test_adapters_stopped_and_run_again_equal_uninterrupted_to_the_bit(trained, folder):
+    assert "stopped at step 3 " in json.loads((folder / "cut-rank0.json").read_text())["error"]
+    assert file_hashes(trained["cut_again"], "model") == file_hashes(trained["llama"], "model")
+
+
+def test_adapters_are_not_put_on_another_base(trained, folder):
+    for rank in (0, 1):
+        error = json.loads((folder / f"other_base-rank{rank}.json").read_text())["error"]
+        assert f"adapters of the base {trained['llama'].backbone.path} (sha256 " in error
+        assert f"expected those of the base {trained['other_base'].backbone.path} (sha256 " in error
+
+
 def test_training_and_export_ask_no_hub(trained, requests):
     assert requests == []
 
@@ -129,6 +159,21 @@ def _save_backbone(kind: type, config: Config, source: Config, folder: Path) -> 
     ))  # fmt: skip
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _on_another_base(config: Config, source: Config, folder: Path) -> Config:
+    """The same run over a base of the same shape and other weights, told to go on from the first one's checkpoint."""
+    path = folder / "other_llama_base"
+    shutil.copytree(config.backbone.path, path)
+    weights = load_file(path / "model.safetensors")
+    save_file({name: value + 0.1 for name, value in weights.items()}, path / "model.safetensors", {"format": "pt"})
+    identity, _, _ = stage_identity(config, STAGE["sections"], STAGE["inputs"])
+    named = config.folder("checkpoints") / identity[:12] / "step-00000004"
+    other = replace(
+        config, run_dir=str(folder / "other"), backbone=replace(config.backbone, path=str(path)),
+        launch=replace(config.launch, resume=str(named)),
+    )  # fmt: skip
+    return copy_run(source, other, *INPUTS)
 
 
 def _losses(config: Config) -> list[float]:

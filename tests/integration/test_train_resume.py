@@ -15,13 +15,15 @@ from launched import Command, copy_run, file_hashes, run_contrec, start_contrec,
 from safetensors.torch import load_file
 
 from contrec_dist.config import Config
+from contrec_dist.training.checkpoint_files import LATEST_NAME, verify_checkpoint
+from contrec_dist.training.stop import stop_file
 
 pytestmark = pytest.mark.timeout(900)
 
 
 @dataclass
 class Story:
-    """What happened to one run: asked to stop, killed, damaged, finished."""
+    """What happened to one run: asked to stop, killed, damaged, finished (asked to stop during its export)."""
 
     config: Config
     refused: Command
@@ -31,6 +33,7 @@ class Story:
     damaged: Path
     finished: Command
     steps: dict[str, list[int]]
+    resumed_at: dict
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +48,8 @@ def story(reference, run_config, tmp_path_factory) -> Story:
         wait_for(lambda: _checkpoints(config), stopped, "a first checkpoint")
         stopped.send_to_group(signal.SIGSTOP)
         refused = run_contrec("train", config, folder / "refused.log")
-        stopped.send_to_group(signal.SIGCONT)
         stopped.process.terminate()
+        stopped.send_to_group(signal.SIGCONT)
         stopped.wait()
     finally:
         stopped.end()
@@ -55,7 +58,7 @@ def story(reference, run_config, tmp_path_factory) -> Story:
 
     killed = start_contrec("train", config, folder / "killed.log")
     try:
-        wait_for(lambda: max(_checkpoints(config)) > max(steps["stopped"]), killed, "a later checkpoint")
+        wait_for(lambda: min(_checkpoints(config)) > max(steps["stopped"]), killed, "two later checkpoints")
         below = killed.below()
         killed.send_to_group(signal.SIGKILL)
         killed.wait()
@@ -66,9 +69,18 @@ def story(reference, run_config, tmp_path_factory) -> Story:
 
     damaged = next(_checkpoints(config)[max(steps["killed"])].rglob("*optim_states.pt"))
     _flip_byte(damaged)
-    finished = run_contrec("train", config, folder / "finished.log")
+    older = _checkpoints(config)[steps["killed"][-2]]
+    resumed_at = json.loads((older / "complete.json").read_text())["position"]
+    finished = start_contrec("pipeline", config, folder / "finished.log", "launch.requeue_exit_code=75")
+    try:
+        export = config.folder("model").with_name(".model.partial")
+        wait_for((export / "head.safetensors").is_file, finished, "an export at work")
+        finished.process.terminate()
+        finished.wait()
+    finally:
+        finished.end()
     steps["finished"] = sorted(_checkpoints(config))
-    return Story(config, refused, stopped, killed, survivors, damaged, finished, steps)
+    return Story(config, refused, stopped, killed, survivors, damaged, finished, steps, resumed_at)
 
 
 def test_second_trainer_of_a_run_is_refused(story):
@@ -79,8 +91,8 @@ def test_second_trainer_of_a_run_is_refused(story):
 
 def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_a_clear_message(story):
     last = max(story.steps["stopped"])
-    assert story.stopped.process.returncode == 1
-    assert f"stopped at step {last}; run the same command again to go on" in story.stopped.log
+    assert story.stopped.process.returncode == 0  # asked for, not failed
+    assert f"stopped at step {last} by a signal; run the same command again to go on" in story.stopped.log
     assert "training stopped before its end; run the same command again to go on" in story.stopped.log
     assert "Traceback" not in story.stopped.log
 
@@ -100,11 +112,42 @@ def test_damaged_checkpoint_is_named_and_the_older_one_taken(story):
     assert f"checkpoint skipped: {story.damaged}" in story.finished.log
     assert f"resumed at step {older} " in story.finished.log
     assert newest > older
+    latest = story.damaged.parents[2] / LATEST_NAME
+    assert f"{latest} names step-{newest:08d}, which is missing or damaged: step-{older:08d} is taken" in story.finished.log
+    assert latest.read_text() == f"step-{max(story.steps['finished']):08d}\n"
 
 
-def test_train_killed_and_run_again_equals_undisturbed(story, reference):
-    assert story.finished.process.returncode == 0, story.finished.log
+def test_train_killed_and_run_again_in_mid_epoch_equals_undisturbed(story, reference):
+    epochs = [json.loads(line)["epoch"] for line in open(story.config.folder("model") / "metrics.jsonl")]
+    assert story.resumed_at["step"] == story.steps["killed"][-2]
+    assert 0 < story.resumed_at["epoch_step"] < epochs.count(story.resumed_at["epoch"])
     assert file_hashes(story.config, "model") == file_hashes(reference[0], "model")
+
+
+def test_signal_during_the_export_lets_it_finish_and_stops_the_pipeline_after_it(story):
+    """With the code that a scheduler takes for "put me in the queue again"."""
+    assert story.finished.process.returncode == 75, story.finished.log
+    assert "training is complete; stopped after it, as asked" in story.finished.log
+    assert (story.config.folder("model") / "manifest.json").is_file()
+    assert "contrec.index" not in story.finished.log and not story.config.folder("index").exists()
+
+
+def test_going_back_to_a_step_keeps_the_later_checkpoint_and_a_stop_file_ends_the_run_after_a_step(story, tmp_path):
+    config = replace(story.config, run_dir=str(tmp_path / "run"))
+    copy_run(story.config, config, "catalog", "embeddings", "tokenizer", "tokens", "checkpoints")
+    older, newer = story.steps["finished"]
+    stop_file(config).touch()
+    command = run_contrec(
+        "train", config, tmp_path / "stopped.log", f"launch.resume={older}", "launch.requeue_exit_code=75"
+    )
+    assert command.process.returncode == 75, command.log
+    assert f"resumed at step {older} " in command.log and f"stopped at step {older + 1} by the stop-file STOP" in command.log
+    assert f"{stop_file(config)}: honoured and removed" in command.log and not stop_file(config).exists()
+    assert sorted(_checkpoints(config)) == [older, older + 1] and not config.folder("model").exists()
+    (aside,) = Path(config.run_dir).glob("checkpoints/*/set-aside-1")
+    verify_checkpoint(aside / f"step-{newer:08d}")
+    assert f"set aside in {aside}: step-{newer:08d}" in command.log
+    assert "Traceback" not in command.log
 
 
 def test_run_goes_on_with_another_number_of_ranks(story, reference, tmp_path):
