@@ -30,7 +30,10 @@ STAGES = {
     "evaluate": ("contrec_dist.report.evaluate", "recommendations -> report/"),
 }
 COMMANDS: dict[str, tuple[str, str]] = {
+    "export": ("contrec_dist.commands.export", "the trained model as a folder of its own, its adapters merged or separate"),
+    "env": ("contrec_dist.commands.env", "versions and machine as Markdown for a bug report, and what is missing for what"),
     "baseline": ("contrec_dist.commands.baseline", "fit a baseline and write its recommendations beside the model's"),
+    "generate": ("contrec_dist.commands.generate", "a catalogue of any size as files, and the config that runs on it"),
 }
 
 STAGE_OPTIONS = {  # options that stand for a config value: stage -> option -> (section, field, help)

@@ -59,7 +59,7 @@ def save_export(model: ContRec, state: dict[str, Tensor], tokenizer, folder: Pat
     model.backbone.save_pretrained(target, state_dict=backbone, safe_serialization=True)
     write_json(folder / "config.json", {**_describe(model), **facts})
     for path in sorted(folder.rglob("*.safetensors")):
-        _refuse_empty(path)
+        refuse_empty(path)
 
 
 def _with_average(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +87,8 @@ def _describe(model: ContRec) -> dict:
     }
 
 
-def _refuse_empty(path: Path) -> None:
+def refuse_empty(path: Path) -> None:
+    """Raise ArtifactError naming the tensors of a safetensors file that came out empty."""
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
         empty = [name for name in names if 0 in file.get_slice(name).get_shape()]
