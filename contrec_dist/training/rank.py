@@ -21,7 +21,7 @@ from contrec_dist.data.prompts import RESPONSE_TEXTS, PromptTexts
 from contrec_dist.manifest import IDENTITY_NAME, Manifest, run_stage
 from contrec_dist.model.backbone import load_text_tokenizer, train_text_tokenizer
 from contrec_dist.model.export import build_model, load_export, save_export
-from contrec_dist.training.train import STAGE, load_user_latents
+from contrec_dist.training.train import load_user_latents, stage_settings
 from contrec_dist.training.watchdog import Watchdog
 from sharding.token_reader import TokenReader
 
@@ -86,7 +86,7 @@ def _run_first_rank(config: Config) -> None:
         return train_and_export(config, work)
 
     try:
-        run_stage(config, build=build, **STAGE)
+        run_stage(config, build=build, **stage_settings(config))
     except BaseException:
         if not told:
             _tell_decision(None)

@@ -17,6 +17,7 @@ from contrec_dist.config import Config
 from contrec_dist.errors import ConfigError, ContRecError, StageStopped
 from contrec_dist.manifest import Manifest, find_complete, lock_folder, write_atomically
 from contrec_dist.progress import get_logger
+from contrec_dist.training.deepspeed_file import counted_settings
 from contrec_dist.training.starter import run_launcher
 
 STAGE = {
@@ -35,7 +36,7 @@ def run(config: Config) -> Manifest:
              StageStopped when it was asked to stop: before its end, or during the export, which is then complete
     """
     with lock_folder(config, STAGE["folder"]):  # a second trainer is refused here, before any rank starts
-        done = find_complete(config, **STAGE)
+        done = find_complete(config, **stage_settings(config))
     if done is not None:
         get_logger("train").info("complete, skipped: %s", config.folder("model"))
         return done
@@ -45,12 +46,17 @@ def run(config: Config) -> Manifest:
     stop_code = config.launch.requeue_exit_code
     if code not in (0, stop_code) and not asked_to_stop:
         raise ContRecError(f"training ended with exit code {code}; its log is above, its checkpoints are kept")
-    done = find_complete(config, **STAGE)
+    done = find_complete(config, **stage_settings(config))
     if done is None:
         raise StageStopped("training stopped before its end; run the same command again to go on", stop_code)
     if asked_to_stop:
         raise StageStopped("training is complete; stopped after it, as asked", stop_code)
     return done
+
+
+def stage_settings(config: Config) -> dict:
+    """What find_complete and run_stage take: STAGE, and what a DeepSpeed JSON of the user's adds to the identity."""
+    return {**STAGE, "extra_identity": counted_settings(config)}
 
 
 def launch_command(config: Config) -> tuple[list[str], dict[str, str]]:

@@ -5,6 +5,7 @@ from torch import nn
 
 from contrec_dist.config import Config
 from contrec_dist.errors import ConfigError
+from contrec_dist.training.deepspeed_file import merge_settings, read_settings
 
 NO_DECAY_NAMES = ("items.bias.weight", "inputs.slots.weight", "inputs.markers.weight", "null_condition.weight")
 
@@ -26,7 +27,10 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict:
-    """What deepspeed.initialize takes. Weights are fp32; bf16 matrix products come from autocast inside the model."""
+    """What deepspeed.initialize takes. Weights are fp32; bf16 matrix products come from autocast inside the model.
+
+    Errors   ConfigError naming every conflict between a JSON of the user's (launch.deepspeed_config) and this config
+    """
     zero = config.zero
     section = {
         "stage": zero.stage,
@@ -43,7 +47,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
         }
     if zero.offload_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    return {
+    derived = {
         "train_batch_size": config.train.global_batch_rows,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_rows,
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
@@ -54,6 +58,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    source = config.launch.deepspeed_config
+    return merge_settings(derived, read_settings(source), config) if source else derived
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
