@@ -508,6 +508,9 @@ class LaunchConfig:
     "DeepSpeed hostfile for several machines; empty: this machine"
     threads: int = 0
     "CPU threads a process; 0: cores / processes"
+    loader_workers: int = -1
+    "processes a rank that build its batches ahead of its steps, 0: none; -1: 2 on GPUs, none on CPUs, where they would only "
+    "take cores from the steps"
     timeout_minutes: int = 40
     "process-group timeout; more than stall_seconds, whose message says more"
     resume: str = "auto"

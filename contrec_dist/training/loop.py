@@ -7,6 +7,7 @@ resumed run repeats the uninterrupted one. Losses are sums divided by the counts
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,14 @@ class MicroBatches(Dataset):
     def __len__(self) -> int:
         return count_steps(len(self.plan.rows), self.train.global_batch_rows) - self.first_step
 
-    def __getitem__(self, index: int) -> list[tuple[int, PackedBatch]]:
+    def __getitem__(self, index: int) -> list[tuple[int, PackedBatch]] | ContRecError:
+        """A named error is handed over as a value: torch would bring it out of a worker as a RuntimeError."""
+        try:
+            return self._build_step(index)
+        except ContRecError as error:
+            return error
+
+    def _build_step(self, index: int) -> list[tuple[int, PackedBatch]]:
         micro_batches = rank_micro_batches(
             self.first_step + index,
             num_rows=len(self.plan.rows),
@@ -56,6 +64,16 @@ class MicroBatches(Dataset):
             (number, self.rows.build(self.plan, row_numbers, self.train.micro_batch_rows))
             for number, row_numbers in micro_batches
         ]
+
+    def load(self, num_workers: int) -> Iterator[list[tuple[int, PackedBatch]]]:
+        """The steps in order, built ahead by so many processes; 0: when they are asked for.
+
+        Errors   ContRecError that building one met
+        """
+        for step in DataLoader(self, batch_size=None, num_workers=num_workers, prefetch_factor=2 if num_workers else None):
+            if isinstance(step, ContRecError):
+                raise step
+            yield step
 
     def name_samples(self, epoch_step: int, number: int) -> str:
         """Keys, as in the shards, of the samples in one micro-batch of a step of the epoch."""
@@ -122,8 +140,7 @@ class TrainingLoop:
                 "epoch %d: %d samples in %d rows, %d steps, padding %.1f%%",
                 self.position.epoch, len(plan.user), len(plan.rows), num_steps, 100 * padding,
             )  # fmt: skip
-        loader = DataLoader(dataset, batch_size=None, num_workers=0)
-        steps = self.monitor.waiting(loader)
+        steps = self.monitor.waiting(dataset.load(num_loader_workers(self.config, self.engine.device)))
         if dist.get_rank() == 0:
             name = f"train epoch {self.position.epoch + 1}/{self.config.train.num_epochs}"
             steps = track(
@@ -292,6 +309,12 @@ class TrainingLoop:
 
     def _steps_exhausted(self) -> bool:
         return 0 < self.config.train.max_steps <= self.position.step
+
+
+def num_loader_workers(config: Config, device: torch.device) -> int:
+    """Loader processes of a rank. Building a batch takes some milliseconds: much beside a GPU's step, nothing beside a CPU's."""
+    wanted = config.launch.loader_workers
+    return wanted if wanted >= 0 else 2 * (device.type == "cuda")
 
 
 def _draw_seed(seed: int, step: int, number: int) -> int:
