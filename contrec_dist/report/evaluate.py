@@ -26,11 +26,13 @@ from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.manifest import MANIFEST_NAME, Manifest, run_stage, write_atomically, write_json
 from contrec_dist.progress import get_logger
 from contrec_dist.report.lists import Seen, check_masked, list_matrix, load_lists, seen_items
-from contrec_dist.report.page import Evidence, render_page
+from contrec_dist.report.page import Evidence, render_page, training_lines
+from contrec_dist.report.plots import loss_and_probe_png
 from contrec_dist.report.tables import print_table
 from contrec_dist.retrieval import metrics as m
 
 METRICS_NAME, PAGE_NAME, CURVE_NAME = "metrics.json", "report.html", "sampler_curve.json"
+PROBE_PLOT_NAME = "loss_and_probe.png"
 FOLDERS = ("catalog", "embeddings", "tokenizer", "tokens", "model", "index", "recommendations")
 HEADLINE_CUT = 10
 BLOCKS: dict[str, tuple[Part, Seen]] = {
@@ -112,6 +114,9 @@ def _build(config: Config, work: Path) -> dict:
         sampler_curve=curve,
     )
     write_atomically(work / PAGE_NAME, render_page(config, metrics, evidence).encode())
+    lines, probe_lines = training_lines(config)
+    if probe_lines:
+        write_atomically(work / PROBE_PLOT_NAME, loss_and_probe_png(lines, probe_lines))
     return {key: metrics[key] for key in ("dataset", "test", "test_unmasked", "baselines", "baselines_unmasked")}
 
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import Histories
 from contrec_dist.errors import ArtifactError
+from contrec_dist.manifest import Manifest
 from contrec_dist.report import plots
 from contrec_dist.report.tables import format_metric, metric_label, metric_rows
 
@@ -84,9 +85,11 @@ def _tiles(metrics: dict) -> list[dict]:
 def _draw_plots(config: Config, metrics: dict, evidence: Evidence, probes: dict) -> dict[str, str]:
     """name -> SVG; a plot whose figures a run does not have is left out of the page."""
     drawn = {"buckets": plots.plot_buckets(evidence.bucket_rates)}
-    lines = _read_lines(config.folder("model") / "metrics.jsonl")
+    lines, probe_lines = training_lines(config)
     if lines:
         drawn["losses"] = plots.plot_losses(lines)
+    if probe_lines:
+        drawn["probe"] = plots.plot_loss_and_probe(lines, probe_lines)
     if probes["latent_spectrum"]:
         drawn["spectrum"] = plots.plot_spectrum(probes["latent_spectrum"])
     if evidence.sampler_curve:
@@ -95,6 +98,13 @@ def _draw_plots(config: Config, metrics: dict, evidence: Evidence, probes: dict)
     names = sorted(seconds, key=lambda name: STAGE_ORDER.index(name) if name in STAGE_ORDER else len(STAGE_ORDER))
     drawn["seconds"] = plots.plot_seconds({name: seconds[name] for name in names})
     return drawn
+
+
+def training_lines(config: Config) -> tuple[list[dict], list[dict]]:
+    """Lines of the losses and of the validation probe; the latter lie with the checkpoints, if anywhere."""
+    identity = Manifest.load(config.folder("model")).identity
+    probe = config.folder("checkpoints") / identity[:12] / "probe.jsonl"
+    return _read_lines(config.folder("model") / "metrics.jsonl"), _read_lines(probe)
 
 
 def _probe_rows(probes: dict) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The plots of the report, each an SVG string that goes into the page as it is.
+"""The plots of the report, each an SVG string that goes into the page as it is; one is drawn as a PNG file too.
 
 Deterministic: no date, a fixed salt for the ids, text left as text (the browser's fonts). Drawn without pyplot, so there is no
 state that is shared with a caller.
@@ -10,6 +10,7 @@ import re
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -57,6 +58,43 @@ def plot_losses(lines: list[dict]) -> str:
         for axes in grid[len(terms) :]:
             axes.set_visible(False)
         return _to_svg(figure, "Training losses")
+
+
+def plot_loss_and_probe(lines: list[dict], probes: list[dict]) -> str:
+    """The training loss and the validation probe's HR, by query and by sampler, over optimizer steps."""
+    with matplotlib.rc_context(STYLE):
+        return _to_svg(_draw_loss_and_probe(lines, probes), "Loss and validation probe")
+
+
+def loss_and_probe_png(lines: list[dict], probes: list[dict]) -> bytes:
+    """The same as a PNG file."""
+    with matplotlib.rc_context(STYLE):
+        figure, data = _draw_loss_and_probe(lines, probes), io.BytesIO()
+        FigureCanvasAgg(figure)
+        figure.savefig(data, format="png", dpi=150, metadata={"Software": None})
+        return data.getvalue()
+
+
+def _draw_loss_and_probe(lines: list[dict], probes: list[dict]) -> Figure:
+    rates = sorted(key for key in probes[0] if "_hr@" in key)
+    figure, (axes,) = _make_figure(9.6, 3.4)
+    points = [(line["step"], line["loss"]) for line in lines if math.isfinite(line.get("loss") or math.nan)]
+    axes.plot(*zip(*points) if points else ([], []), color=COLOURS["popularity"], linewidth=1.4, label="loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    beside = axes.twinx()
+    for number, key in enumerate(rates):
+        rule, _, cut = key.partition("_hr@")
+        values = [line[key] for line in probes]
+        colour = (COLOURS["contrec"], *OTHER_COLOURS)[number]
+        beside.plot([line["step"] for line in probes], values, color=colour, marker="o", markersize=4, linewidth=1.6,
+                    label=f"HR@{cut} by {rule}")  # fmt: skip
+    beside.set_ylim(bottom=0)
+    beside.set_ylabel(f"HR on {probes[-1]['num_users']:,} validation users")
+    beside.grid(axis="y")
+    handles = [*axes.get_lines(), *beside.get_lines()]
+    axes.legend(handles, [line.get_label() for line in handles], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles))
+    return figure
 
 
 def plot_buckets(rates: dict[str, list[dict]]) -> str:

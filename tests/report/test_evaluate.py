@@ -16,6 +16,7 @@ from rich.console import Console
 from contrec_dist.config import load_config
 from contrec_dist.data.sources.generated import GeneratedCatalogue
 from contrec_dist.errors import ArtifactError, ConfigError
+from contrec_dist.manifest import Manifest
 from contrec_dist.report import evaluate, plots
 from contrec_dist.report.lists import list_matrix, load_lists
 from contrec_dist.report.tables import print_table
@@ -125,6 +126,28 @@ def test_page_is_whole_and_loads_nothing(finished):
     wanted = {"Training losses", "HR@10 by popularity of the held-out item", "Spectrum of the latents", "Seconds of every stage"}
     assert labels == wanted
     assert f"{metrics['test']['hr@10']:.4f}" in page and "sigma-VAE" in page
+
+
+def test_validation_probe_is_plotted_where_training_left_one(tmp_path):
+    config = make_config(tmp_path)
+    artifacts.write_run(config)
+    identity = Manifest.load(config.folder("model")).identity
+    lines = config.folder("checkpoints") / identity[:12] / "probe.jsonl"
+    lines.parent.mkdir(parents=True)
+    probes = [{"step": step, "num_users": 85, "query_hr@10": step / 1000, "sampler_hr@10": 0.01} for step in (100, 200)]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in probes))
+    evaluate.run(config)
+    folder = config.folder("report")
+    page = (folder / "report.html").read_text()
+    assert 'aria-label="Loss and validation probe"' in page and "HR@10 by query" in page and "HR@10 by sampler" in page
+    assert "HR on 85 validation users" in page
+    assert (folder / "loss_and_probe.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "loss_and_probe.png" in Manifest.load(folder).files
+
+
+def test_a_report_without_probes_has_neither_plot_nor_file(finished):
+    config, _, _, page = finished
+    assert "Loss and validation probe" not in page and not (config.folder("report") / "loss_and_probe.png").exists()
 
 
 def test_page_shows_titles_and_reasons_escaped(finished):
