@@ -82,6 +82,7 @@ def _draw_loss_and_probe(lines: list[dict], probes: list[dict]) -> Figure:
     axes.plot(*zip(*points) if points else ([], []), color=COLOURS["popularity"], linewidth=1.4, label="loss")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     beside = axes.twinx()
     for number, key in enumerate(rates):
         rule, _, cut = key.partition("_hr@")

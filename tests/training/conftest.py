@@ -1,8 +1,9 @@
-"""Checkpoints of files that no engine wrote."""
+"""Checkpoints of files that no engine wrote, and a process group of one rank."""
 
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from contrec_dist.training.checkpoint_files import (
     TrainingPosition,
@@ -26,3 +27,11 @@ def write_checkpoint():
         return folder / step_name(step)
 
     return write
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone, for what is written as a collective."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
