@@ -10,12 +10,11 @@ from contrec_dist.errors import ContRecError
 
 
 def mark_peak_memory() -> None:
-    """Give back what is free and start a new high-water mark."""
+    """Start a new high-water mark; a CPU process gives back what is free, a GPU keeps its cache, which is not counted."""
     import torch
 
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return
     if sys.platform == "linux":

@@ -55,7 +55,6 @@ class DoublingLoop(TrainingLoop):
         except torch.OutOfMemoryError:
             if dist.get_world_size() > 1:
                 raise
-            self.engine.zero_grad()
             return False
         self.peaks.append(peak_memory_bytes())
         return True

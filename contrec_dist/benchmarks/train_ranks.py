@@ -42,6 +42,8 @@ def main() -> None:
             record = {"error": str(error)}
         write_json(parsed.jobs.parent / f"{job['name']}-rank{os.environ['RANK']}.json", record)
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     torch.distributed.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
