@@ -52,9 +52,11 @@ def pick_users(config: Config, target: Path) -> NamedUsers:
     catalog = config.folder("catalog")
     known = pl.scan_parquet(catalog / USERS_FILE).join(wanted.lazy(), on="user_id", how="semi").collect()
     unknown = table.frame.filter(~pl.col("user_id").is_in(known["user_id"].implode()))
-    if len(unknown) or wanted.is_empty():
-        got = f"{unknown['user_id'].n_unique()} users that the catalogue does not have, the first: {_show(unknown, table, 'user_id')}"
-        raise DataError(str(path), got if len(unknown) else "no user", f"user_id as in {catalog / USERS_FILE}")
+    if wanted.is_empty():
+        raise DataError(str(path), "no user", "at least one")
+    if len(unknown):
+        shown = f"{unknown['user_id'].n_unique()} users that the catalogue does not have, the first: {_show(unknown, table, 'user_id')}"
+        raise DataError(str(path), shown, f"user_id as in {catalog / USERS_FILE}")
     histories = pl.scan_parquet(catalog / HISTORIES_FILE).join(known.lazy(), on="user_idx", how="inner").collect()
     _write(histories.select("user_id", "user_idx", "items", "num_train", "validation_pos", "test_pos"), target)
     num_repeated = len(table.frame) - len(wanted)
@@ -102,7 +104,7 @@ def _read_entries(path: Path) -> tuple[RawTable, bool]:
     repeated = table.frame.filter(pl.col("user_id").is_not_null() & pl.col("user_id").is_duplicated())
     if len(repeated):
         raise DataError(str(path), f"users with two lists: {_show(repeated, table, 'user_id')}", "one list a user")
-    exploded = table.frame.explode("item_id")
+    exploded = table.frame.explode("item_id", empty_as_null=True)
     table.frame = exploded.with_columns(pl.col("item_id").replace({"": None}))
     return table, True
 
