@@ -131,6 +131,30 @@ def test_part_of_two_files_is_recorded_as_one(tmp_path):
     assert num_calls(tmp_path) == {"a": 2} and (tmp_path / "out/y/a.idx").read_text() == "a 0"
 
 
+def test_parts_behind_the_one_that_killed_their_worker_are_not_blamed(tmp_path):
+    """One worker with two parts in flight: its death counts for the part at work."""
+    run(make_parts(), tmp_path, die_on="002", times=3)
+    assert num_calls(tmp_path) == {"000": 1, "001": 1, "002": 4, "003": 1, "004": 1, "005": 1}
+
+
+def test_no_part_is_given_out_before_enough_workers_are_up(tmp_path):
+    run(make_parts(2), tmp_path, RayConfig(num_workers=2, min_workers=2))
+    makers = {(tmp_path / f"calls-out/00{i}").read_text() for i in range(2)}
+    assert len(makers) == 2  # with one worker up, it would have been given both
+
+
+def test_range_of_workers_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="ray.min_workers.*1 to ray.num_workers"):
+        RayConfig(num_workers=2, min_workers=3)
+
+
+def test_workers_reserve_memory(tmp_path):
+    """Two workers do not fit side by side where each reserves more than half: they work one after the other."""
+    most = int(ray.cluster_resources()["memory"] * 0.6)
+    run(make_parts(), tmp_path, RayConfig(num_workers=2, memory_bytes_per_worker=most))
+    assert len({(tmp_path / f"calls-out/00{i}").read_text() for i in range(6)}) == 1
+
+
 def test_two_parts_with_one_file_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="'b'.*a.txt"):
         run([Part(name="a.txt", payload={}), Part(name="b", payload={}, files=("a.txt",))], tmp_path)

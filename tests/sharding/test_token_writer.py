@@ -1,6 +1,8 @@
 """token_writer: what a shard holds, and that it is a function of its samples."""
 
 import hashlib
+import io
+import json
 import tarfile
 
 import numpy as np
@@ -45,6 +47,25 @@ def test_same_samples_give_the_same_bytes_at_any_time(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "a.tar") as tar:
         owners = {(member.mtime, member.uid, member.gid, member.uname, member.gname) for member in tar}
     assert owners == {(0, 0, 0, "", "")}
+
+
+def test_bytes_are_those_of_tarfile_and_numpy(tmp_path):
+    """The writer fills headers in itself: from no items to more than a tar record, non-ASCII ids."""
+    pairs = [(f"user-ü{length}", make_sample(10**11 + length, length, 2, 32)) for length in (0, 1, 7, 200, 5000)]
+    write_shard(tmp_path / "ours.tar", 0, pairs)
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for user_id, sample in pairs:
+            places = {"num_train": sample.num_train, "validation_pos": sample.validation_pos, "test_pos": sample.test_pos}
+            members = {"json": json.dumps({"user_id": user_id, **places}).encode()}
+            for name in ("items", "latents"):
+                buffer = io.BytesIO()
+                np.save(buffer, getattr(sample, name))
+                members[f"{name}.npy"] = buffer.getvalue()
+            for name, data in members.items():
+                info = tarfile.TarInfo(f"{sample.user_idx:012d}.{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
 def test_index_offsets_point_at_the_npy_bytes(tmp_path):
