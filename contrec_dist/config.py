@@ -458,7 +458,7 @@ class TigerConfig:
     "passes over the training samples; null: train.num_epochs, what the model gets"
     learning_rate: float = 2e-3
     "AdamW peak learning rate of the sequence model"
-    dropout: float = 0.2
+    dropout: float = 0.1
     "dropout on token embeddings that enter the backbone, and on its output"
     weight_decay: float = 0.05
     "AdamW weight decay on matrices"
@@ -466,7 +466,7 @@ class TigerConfig:
     "share of steps of linear warm-up, then cosine to 0"
     clip_norm: float = 1.0
     "gradient norm limit"
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     "positions of an optimizer step"
     row_tokens: int = 256
     "positions of a packed row; longer where one history needs it"
