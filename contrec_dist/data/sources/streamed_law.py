@@ -3,8 +3,9 @@
 Everything is a pure function of (settings, seed, number of the item or user), drawn from counters by splitmix64, so any
 range of users or items can be made alone, and the rows do not depend on the ranges in which they are made.
 
-Items form families (category, product line, adjective). A family's items are Zipf by rank, families a flatter Zipf. A user's
-first item is drawn by popularity; its category is the user's home. Every next one is drawn from
+Items form families (category, product line, adjective): every F-th item in the order of popularity is of one family, and
+popularity falls as rank^-exponent past the first F ranks, more slowly before (Zipf-Mandelbrot: no item is in every history).
+A user's first item is drawn by popularity; its category is the user's home. Every next one is drawn from
 
     stickiness * successors(last item) + (1 - stickiness) * (0.6 popularity in the home category + 0.4 popularity)
 
@@ -25,10 +26,9 @@ from contrec_dist.data.sources.streamed_settings import StreamSettings
 
 MAX_SUCCESSORS = 20
 SUCCESSOR_EXPONENT = 0.8
-FAMILY_EXPONENT = 0.5
 COMPANION_RATIO = 1 / 3
 HOME_RATIO = 0.6
-MIN_FAMILY_ITEMS = 8
+MIN_FAMILY_ITEMS = 64
 LENGTH_SIGMA = 1.0
 FIRST_TIME_SECONDS = 1_600_000_000
 START_SPAN_SECONDS = 2 * 365 * 86_400
@@ -59,15 +59,19 @@ def draw_uniform(seed: int, stream: int, *counters: np.ndarray | int) -> np.ndar
     return (mix(key) >> np.uint64(11)) * 2.0**-53
 
 
-def invert_zipf(uniform: np.ndarray, number: np.ndarray, exponent: float) -> np.ndarray:
-    """Ranks 0..number-1 whose law is that of x^-exponent on [1, number + 1), cut to whole numbers."""
-    top = np.asarray(number) + 1.0
-    if abs(exponent - 1.0) < 1e-9:
-        place = np.exp(uniform * np.log(top))
-    else:
-        rest = 1.0 - exponent
-        place = (1.0 + uniform * (top**rest - 1.0)) ** (1.0 / rest)
-    return np.clip(place.astype(np.int64) - 1, 0, np.asarray(number) - 1)
+def integrate_power(low: np.ndarray, high: np.ndarray, exponent: float) -> np.ndarray:
+    """Integral of x^-exponent."""
+    if exponent == 1.0:
+        return np.log(high / low)
+    return (high ** (1.0 - exponent) - low ** (1.0 - exponent)) / (1.0 - exponent)
+
+
+def invert_power(uniform: np.ndarray, low: np.ndarray, high: np.ndarray, exponent: float) -> np.ndarray:
+    """Draws from [low, high) with density x^-exponent."""
+    if exponent == 1.0:
+        return low * (high / low) ** uniform
+    rest = 1.0 - exponent
+    return (low**rest + uniform * (high**rest - low**rest)) ** (1.0 / rest)
 
 
 class StreamedLaw:
@@ -90,7 +94,7 @@ class StreamedLaw:
     def place_items(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Family and popularity rank inside it. Shapes   (n,) -> (n,), (n,) int64"""
         place = (items - self._offset) % self.settings.num_items * self._inverse % self.settings.num_items
-        return place % self.num_families, place // self.num_families
+        return self._family_at[place % self.num_families], place // self.num_families
 
     def draw_lengths(self, users: np.ndarray) -> np.ndarray:
         """Log-normal above min_history, so a few users have very many. Shapes   (n,) -> (n,) int64"""
@@ -171,15 +175,18 @@ class StreamedLaw:
         return items
 
     def _draw_in_family(self, family: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """An item of the family by popularity."""
-        rank = invert_zipf(uniform, self._family_sizes[family], self.settings.popularity_exponent)
-        place = rank * self.num_families + family
+        """An item of the family by popularity: rank r inside it has the integral of x^-exponent from r + low to r + 1 + low."""
+        low, high = self._family_low[family], self._family_high[family]
+        depth = invert_power(uniform, low, high, self.settings.popularity_exponent) - low
+        rank = np.clip(depth.astype(np.int64), 0, self._family_sizes[family] - 1)
+        place = rank * self.num_families + self._first_place[family]
         return (place * self._multiplier + self._offset) % self.settings.num_items
 
     def _set_places(self) -> None:
         """Sizes of the families; the ranges of families in which an item's successors lie."""
-        numbers = np.arange(self.num_families)
-        self._family_sizes = (self.settings.num_items - numbers + self.num_families - 1) // self.num_families
+        self._family_at = np.argsort(draw_uniform(self.settings.seed, 6, np.arange(self.num_families)), kind="stable")
+        self._first_place = np.argsort(self._family_at)
+        self._family_sizes = -((self._first_place - self.settings.num_items) // self.num_families)
         category, line = self.words_of_family[:, 0], self.words_of_family[:, 0] * 1000 + self.words_of_family[:, 1]
         self._category_of_family = category
         self._line_bounds = np.stack([np.searchsorted(line, line, side) for side in ("left", "right")], axis=1)
@@ -190,9 +197,9 @@ class StreamedLaw:
 
     def _set_popularity(self) -> None:
         """Cumulative popularity of the families, and its bounds of every category."""
-        shuffled = np.argsort(draw_uniform(self.settings.seed, 6, np.arange(self.num_families)), kind="stable")
-        weights = np.empty(self.num_families)
-        weights[shuffled] = 1.0 / np.arange(1, self.num_families + 1) ** FAMILY_EXPONENT
+        self._family_low = (self._first_place + 1) / self.num_families
+        self._family_high = self._family_low + self._family_sizes
+        weights = integrate_power(self._family_low, self._family_high, self.settings.popularity_exponent)
         self._cumulative = np.cumsum(weights / weights.sum())
         edges = np.concatenate([[0.0], self._cumulative])
         numbers = np.arange(len(CATEGORIES))

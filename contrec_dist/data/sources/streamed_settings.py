@@ -20,7 +20,7 @@ class StreamSettings:
     mean_history: float = _setting(12.0, "mean interactions a user, before the cap")
     min_history: int = _setting(5, "fewest interactions a user")
     max_history: int = _setting(200, "most interactions a user; a quarter of the items if that is less")
-    popularity_exponent: float = _setting(1.0, "Zipf exponent of item popularity inside a family of items")
+    popularity_exponent: float = _setting(1.0, "exponent of the power law that item popularity follows past its head")
     category_stickiness: float = _setting(0.6, "probability that the next item follows a transition of the last one")
     seed: int = _setting(0, "seed of every draw")
 
