@@ -30,6 +30,12 @@ STAGES = {
     "evaluate": ("contrec_dist.report.evaluate", "recommendations -> report/"),
 }
 COMMANDS: dict[str, tuple[str, str]] = {
+    "index add": ("contrec_dist.commands.index_add", "new items join the index, encoded with the trained model"),
+    "index remove": ("contrec_dist.commands.index_remove", "items leave the index: no search returns them again"),
+    "index replace": ("contrec_dist.commands.index_replace", "items of the index get another text, in one version"),
+    "index compact": ("contrec_dist.commands.index_compact", "write segments of the index again without what left"),
+    "index replay": ("contrec_dist.commands.index_replay", "make the changes of an index again on the one built in its place"),
+    "estimate": ("contrec_dist.commands.estimate", "memory of a training rank, by part and ZeRO stage, before anything runs"),
     "export": ("contrec_dist.commands.export", "the trained model as a folder of its own, its adapters merged or separate"),
     "env": ("contrec_dist.commands.env", "versions and machine as Markdown for a bug report, and what is missing for what"),
     "baseline": ("contrec_dist.commands.baseline", "fit a baseline and write its recommendations beside the model's"),

@@ -15,7 +15,7 @@ from contrec_dist.config import IndexConfig
 from contrec_dist.errors import ConfigError, DataError
 from contrec_dist.retrieval.top_k import CHUNK_ROWS, Metric, check_metric, check_vectors, largest_norm
 from sharding.faiss_factory import POINTS_PER_CENTROID, choose_factory, find_inverted, make_index, parameter_ladders
-from sharding.faiss_files import LAYOUT_FORMAT, list_shards, read_shard, write_layout, write_shard
+from sharding.faiss_files import LAYOUT_FORMAT, list_shards, read_trained, write_layout, write_shard, write_trained
 from sharding.faiss_groups import open_groups, prepare_reconstruction
 from sharding.faiss_tuning import FAISS_METRICS, RECALL_AT, exact_ids, tune_groups
 
@@ -38,6 +38,7 @@ def build_shards(
     folder.mkdir(parents=True, exist_ok=True)
     factory = choose_factory(config.factory, len(ids), vectors.shape[1], config.memory_bytes)
     trained = train_index(vectors, factory, metric, config.train_rows)
+    write_trained(folder, trained)
     layout = {"format": LAYOUT_FORMAT, "metric": metric, "dim": int(vectors.shape[1]), "factory": factory}
     layout |= {"num_items": len(ids), "parameters": {}}
     layout["shards"] = fill_shards(trained, factory, vectors, order, ids, folder, config.num_shards)
@@ -58,8 +59,7 @@ def extend_shards(like: Path, layout: dict, vectors: np.ndarray, ids: np.ndarray
     order, ids = check_catalogue(vectors, ids, layout["metric"])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    trained, _ = read_shard(list_shards(like, layout)[0], layout["dim"])
-    trained.reset()
+    trained = read_trained(like)
     shards = fill_shards(trained, layout["factory"], vectors, order, ids, folder, min(num_shards, len(ids)))
     extended = layout | {"num_items": len(ids), "shards": shards}
     write_layout(folder, extended)

@@ -3,6 +3,7 @@
     folder/shards.json              metric, dim, factory, search parameters, recall, the shards' ranges
     folder/shard_000000.faiss       one FAISS file a shard
     folder/shard_000000.ids.npy     int64, rising: the id of every row of the shard
+    folder/trained.faiss            the codebook without a row: what further shards are filled from
 """
 
 import json
@@ -19,6 +20,7 @@ from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import write_json
 
 LAYOUT_NAME = "shards.json"
+TRAINED_NAME = "trained.faiss"
 LAYOUT_FORMAT = 1
 NO_IDS = np.empty(0, dtype=np.int64)
 
@@ -48,6 +50,20 @@ def write_shard(folder: Path, number: int, index: faiss.Index, ids: np.ndarray, 
     _write_renamed(folder / record["file"], lambda path: faiss.write_index(index, path))
     _write_renamed(folder / record["ids_file"], lambda path: _write_ids(path, ids))
     return record
+
+
+def write_trained(folder: Path, index: faiss.Index) -> None:
+    """Write the trained index that every shard starts from."""
+    _write_renamed(folder / TRAINED_NAME, lambda path: faiss.write_index(index, path))
+
+
+def read_trained(folder: Path) -> faiss.Index:
+    """The trained index without a row. Raises ArtifactError naming the file where it is missing or torn."""
+    path = Path(folder) / TRAINED_NAME
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise ArtifactError(path, str(error).splitlines()[0], "the codebook that stage index writes; run it again") from None
 
 
 def write_layout(folder: Path, layout: dict) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import sharding.faiss_settings  # noqa: F401
 from contrec_dist.errors import ConfigError, DataError
 from contrec_dist.retrieval.top_k import SLACK_ROWS, Metric, best_first, check_queries, empty_result
-from contrec_dist.retrieval.top_k import merge_top_k, refine_top_k, score_candidates
+from contrec_dist.retrieval.top_k import refine_top_k, score_candidates
 from sharding.faiss_factory import estimate_cost, parameter_ladders, set_parameters
 from sharding.faiss_groups import FLOAT32_EPSILON, Group
 
@@ -53,21 +53,21 @@ class JoinedRecall:
         self.groups, self.queries, self.wanted = groups, queries, wanted
         self.lossless = factory.endswith("Flat")
         self.largest = FETCHED * parameter_ladders(factory).get("k_factor_rf", [1])[-1]
-        self._searched: dict[tuple, np.ndarray] = {}
+        self._searched: dict[tuple, tuple[np.ndarray, np.ndarray | None]] = {}
 
     def __call__(self, parameters: Parameters) -> float:
-        found = self._candidates(parameters)[:, : FETCHED * parameters.get("k_factor_rf", 1)]
-        return measure_recall(self.wanted, found if self.lossless else self._best_stored(found))
-
-    def _candidates(self, parameters: Parameters) -> np.ndarray:
-        """Ids in the order of their rough scores, best first. -> (P, largest) int64"""
         coarse = {name: value for name, value in parameters.items() if name != "k_factor_rf"}
         key = tuple(coarse.values())
         if key not in self._searched:
-            self._searched[key] = self._search(coarse)
-        return self._searched[key]
+            ids = self._search(coarse)
+            self._searched[key] = ids, None if self.lossless else self._score_stored(ids)
+        ids, stored = self._searched[key]
+        count = FETCHED * parameters.get("k_factor_rf", 1)
+        found = ids[:, :count] if stored is None else best_first(stored[:, :count], ids[:, :count], RECALL_AT)[1]
+        return measure_recall(self.wanted, found)
 
     def _search(self, coarse: Parameters) -> np.ndarray:
+        """Ids in the order of their rough scores, best first. -> (P, largest) int64"""
         parts = []
         for group in self.groups:
             index = group.index.base_index if isinstance(group.index, faiss.IndexRefine) else group.index
@@ -78,15 +78,17 @@ class JoinedRecall:
         scores, ids = (np.concatenate(both, axis=1) for both in zip(*parts))
         return best_first(scores, ids, min(self.largest, ids.shape[1]))[1]
 
-    def _best_stored(self, found: np.ndarray) -> np.ndarray:
-        """The 10 best of the candidates by the vectors that the index stores. (P, C) -> (P, 10)"""
-        parts = []
+    def _score_stored(self, ids: np.ndarray) -> np.ndarray:
+        """Scores by the vectors that the index stores, which are not quite the ones that it was given. (P, C) -> (P, C) float32"""
+        scores = np.full(ids.shape, -np.inf, dtype=np.float32)
         for group in self.groups:
-            rows = np.minimum(np.searchsorted(group.ids, found), len(group.ids) - 1)
-            rows = np.where((found >= 0) & (group.ids[rows] == found), rows, -1)
-            scores = score_candidates(self.queries, rows, group.index.reconstruct_batch, group.metric)
-            parts.append(best_first(scores, np.where(rows < 0, -1, found), RECALL_AT))
-        return merge_top_k(parts, RECALL_AT)[1]
+            rows = np.minimum(np.searchsorted(group.ids, ids), len(group.ids) - 1)
+            here = (ids >= 0) & (group.ids[rows] == ids)
+            places = np.argsort(~here, axis=1, kind="stable")[:, : here.sum(axis=1).max()]  # the group's own, and few others
+            own = np.where(np.take_along_axis(here, places, axis=1), np.take_along_axis(rows, places, axis=1), -1)
+            found = score_candidates(self.queries, own, group.index.reconstruct_batch, group.metric)
+            np.put_along_axis(scores, places, np.maximum(found, np.take_along_axis(scores, places, axis=1)), axis=1)
+        return scores
 
 
 def find_cheapest(

@@ -235,12 +235,12 @@ def _start_actor(workers: RayConfig, output_folder: Path, worker_factory, argume
         "memory": workers.memory_bytes_per_worker or None,
         "max_restarts": 0,  # the pool replaces it: a restart waits for ever where the cluster has no room left
         "scheduling_strategy": "SPREAD",
-        "runtime_env": {"env_vars": _worker_environment()},
+        "runtime_env": {"env_vars": worker_environment()},
     }
     return ray.remote(_PartActor).options(**options).remote(output_folder, worker_factory, arguments)
 
 
-def _worker_environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """One thread a worker that sleeps when idle; and this source tree, where the project is not installed."""
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "POLARS_MAX_THREADS": "1"}
     root = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ import pytest
 
 from contrec_dist.errors import DataError
 from contrec_dist.retrieval import top_k
-from contrec_dist.retrieval.top_k import best_first, exact_top_k, merge_top_k
+from contrec_dist.retrieval.top_k import best_first, exact_top_k, merge_top_k, refine_top_k
 
 
 def brute_force(queries, vectors, k, metric):
@@ -86,3 +86,25 @@ def test_bad_input_is_named():
 def test_no_queries_and_no_items_give_empty_lists():
     assert exact_top_k(np.zeros((0, 2), np.float32), np.zeros((3, 2), np.float32), 2)[1].shape == (0, 2)
     assert exact_top_k(np.zeros((1, 2), np.float32), np.zeros((0, 2), np.float32), 2)[1].tolist() == [[-1, -1]]
+
+
+def test_rows_can_be_left_out_and_named_by_id():
+    draw = np.random.default_rng(0)
+    vectors = np.round(draw.normal(size=(400, 3)), 1).astype(np.float32)  # many ties
+    queries, ids = vectors[:20] + np.float32(0.5), draw.permutation(5000)[:400].astype(np.int64)
+    removed = np.zeros(400, dtype=bool)
+    removed[np.unique(exact_top_k(queries, vectors, 30)[1])[::2]] = True
+    settings = {"gather": lambda rows: vectors[rows], "num_rows": 400, "metric": "inner_product", "max_norm": 9.0, "fetch_epsilon": 1e-6}
+
+    def fetch(some, count):
+        products = some @ vectors.T
+        rows = np.argsort(-products, axis=1)[:, :count]
+        return np.take_along_axis(products, rows, axis=1), rows
+
+    scores, found = refine_top_k(queries, 30, fetch=fetch, ids=ids, removed=removed, **settings)
+    living = np.flatnonzero(~removed)
+    by_id = living[np.argsort(ids[living])]  # ties go to the lower id
+    expected_scores, rows = exact_top_k(queries, vectors[by_id], 30)
+    assert np.array_equal(found, ids[by_id][rows]) and np.array_equal(scores, expected_scores)
+    everything = refine_top_k(queries, 400, fetch=fetch, ids=ids, removed=removed, **settings)[1]
+    assert (everything[:, len(living) :] == -1).all() and (np.sort(everything[:, : len(living)]) == np.sort(ids[living])).all()

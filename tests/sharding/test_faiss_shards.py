@@ -4,13 +4,17 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 
 from contrec_dist.config import IndexConfig
 from contrec_dist.errors import ArtifactError, ConfigError, DataError
 from contrec_dist.retrieval.top_k import exact_top_k
+from sharding.faiss_build import extend_shards
 from sharding.faiss_factory import choose_factory
+from sharding.faiss_files import list_shards
 from sharding.faiss_shards import FaissShards
+from sharding.faiss_tuning import find_cheapest
 
 FLAT = IndexConfig(factory="Flat", device="cpu", recall_queries=20)
 
@@ -96,11 +100,101 @@ def test_recall_below_the_minimum_is_refused_with_the_figures(tmp_path):
     assert not (tmp_path / "shards.json").exists()
 
 
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,PQ8x4fs,RFlat", "IVF8,PQ8x4fs,Refine(SQ8)", "IVF8,SQ8", "PQ8x4fs,RFlat"])
+def test_shards_answer_with_the_bits_and_the_recall_of_one(tmp_path, factory):
+    vectors, config = make_vectors(900, 8), replace(FLAT, factory=factory, min_recall=0.7)
+    one = build(vectors, tmp_path / "one", config)
+    split = build(vectors, tmp_path / "split", replace(config, num_shards=5))
+    assert split.layout["parameters"] == one.layout["parameters"] and split.recall == one.recall
+    for got, expected in zip(split.search(vectors[::7] + 0.1, 12), one.search(vectors[::7] + 0.1, 12)):
+        assert got.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("factory", ["IVF32,PQ16x4fs,RFlat", "IVF32,PQ16x4fs,Refine(SQ8)", "HNSW8"])
+def test_measured_recall_is_the_recall_of_the_opened_index(tmp_path, factory):
+    draw = np.random.default_rng(0)
+    vectors, queries = (draw.normal(size=(count, 16)).astype(np.float32) for count in (2000, 60))
+    config = replace(FLAT, factory=factory, min_recall=0.8, num_shards=4)
+    shards = FaissShards.build(vectors, np.arange(2000), tmp_path, config, "l2", queries)
+    expected, found = exact_top_k(queries, vectors, 10, "l2")[1], shards.search(queries, 10)[1]
+    recall = np.mean([np.isin(e, f).mean() for e, f in zip(expected, found)])
+    assert shards.recall >= 0.8 and recall >= shards.recall - 1e-9
+    if factory != "HNSW8":  # graphs are not joined: their shards look at more than was counted
+        assert recall == pytest.approx(shards.recall)
+
+
+def test_the_cheapest_setting_that_reaches_the_recall_is_taken():
+    ladders = {"nprobe": [1, 2, 4, 8], "k_factor_rf": [1, 2, 4, 8]}
+    recall = lambda one: min(one["nprobe"], 4) * min(one["k_factor_rf"], 4) / 16  # noqa: E731
+    cost = lambda one: 10 * one["nprobe"] + one["k_factor_rf"]  # noqa: E731
+    assert find_cheapest(ladders, recall, cost, 0.5) == ({"nprobe": 2, "k_factor_rf": 4}, 0.5)
+    assert find_cheapest(ladders, recall, lambda one: one["nprobe"] + 10 * one["k_factor_rf"], 0.5)[0] == {"nprobe": 4, "k_factor_rf": 2}
+    assert find_cheapest(ladders, recall, cost, 1.1) == ({"nprobe": 8, "k_factor_rf": 8}, 1.0)
+    assert find_cheapest({}, lambda one: 0.5, lambda one: 0, 0.4) == ({}, 0.5)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,PQ8x4fs,RFlat", "HNSW8"])
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_removed_ids_never_come_back_and_lists_stay_full(tmp_path, factory, memory_map):
+    vectors = make_vectors(900, 8)
+    built = build(vectors, tmp_path, replace(FLAT, factory=factory, num_shards=3, min_recall=0.9), "l2")
+    removed = np.unique(built.search(vectors[:40], 12)[1])  # the very ones that would be found
+    files = [replace(file, removed=removed) for file in list_shards(tmp_path, built.layout)]
+    left = FaissShards.open_files(files, built.layout, "cpu", memory_map=memory_map)
+    assert left.num_items == 900 - len(removed)
+    scores, found = left.search(vectors[:40], 12)
+    assert not np.isin(found, removed).any() and (found >= 0).all()
+    if factory == "Flat":
+        living = np.setdiff1d(np.arange(900), removed)
+        expected_scores, expected_rows = exact_top_k(vectors[:40], vectors[living], 12, "l2")
+        assert np.array_equal(found, living[expected_rows]) and np.array_equal(scores, expected_scores)
+        assert (np.sort(left.search(vectors[:3], 900)[1][:, : len(living)]) == living).all()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,PQ8x4fs,RFlat", "HNSW8"])
+def test_a_memory_mapped_index_answers_the_same(tmp_path, factory):
+    vectors = make_vectors(900, 8)
+    built = build(vectors, tmp_path, replace(FLAT, factory=factory, min_recall=0.9), "l2")
+    mapped = FaissShards.open(tmp_path, "cpu", memory_map=True)
+    for got, expected in zip(mapped.search(vectors[:30], 11), built.search(vectors[:30], 11)):
+        assert got.tobytes() == expected.tobytes()
+
+
+def test_a_memory_mapped_index_does_not_hold_its_vectors(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(60_000, 64)).astype(np.float32)  # 15 MB
+    build(vectors, tmp_path)
+    process = psutil.Process()
+    before = process.memory_full_info().uss
+    opened = FaissShards.open(tmp_path, "cpu", memory_map=True)
+    mapped = process.memory_full_info().uss - before
+    assert opened.num_items == 60_000 and mapped < vectors.nbytes / 4
+
+
+def test_shards_are_written_from_a_memory_mapped_file_one_after_another(tmp_path):
+    vectors = make_vectors(700, 6)
+    np.save(tmp_path / "vectors.npy", vectors)
+    config = replace(FLAT, factory="IVF4,Flat", num_shards=3)
+    build(np.load(tmp_path / "vectors.npy", mmap_mode="r"), tmp_path / "mapped", config)
+    build(vectors, tmp_path / "whole", config)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "mapped" / path.name).read_bytes(), path.name
+
+
+def test_further_rows_share_the_codebook_and_are_searched_with_the_first(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(900, 8)).astype(np.float32)
+    layout = build(vectors[:800], tmp_path / "base", replace(FLAT, factory="IVF8,PQ8x4fs,RFlat", min_recall=0.9), "l2").layout
+    extended = extend_shards(tmp_path / "base", layout, vectors[800:], np.arange(800, 900), tmp_path / "more", num_shards=2)
+    files = list_shards(tmp_path / "base", layout) + list_shards(tmp_path / "more", extended)
+    together = FaissShards.open_files(files, layout, "cpu")
+    assert together.num_items == 900
+    assert np.array_equal(together.search(vectors, 1)[1][:, 0], np.arange(900))
+
+
 def test_codebook_is_shared_by_the_shards(tmp_path):
     import faiss
 
     build(make_vectors(600, 8), tmp_path, replace(FLAT, factory="IVF4,Flat", num_shards=3), "l2")
-    indexes = [faiss.read_index(str(path)) for path in sorted(tmp_path.glob("*.faiss"))]
+    indexes = [faiss.read_index(str(path)) for path in sorted(tmp_path.glob("shard_*.faiss"))]
     centroids = [index.quantizer.reconstruct_n(0, 4) for index in map(faiss.downcast_index, indexes)]
     assert np.array_equal(centroids[0], centroids[1]) and np.array_equal(centroids[0], centroids[2])
 
