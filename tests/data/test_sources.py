@@ -224,3 +224,31 @@ def test_rows_before_and_after_a_long_block_keep_their_lines(tmp_path):
     logs = clean_logs(read_source(config), config.source)
     assert logs.bad["interactions"].examples == [f"{tmp_path / 'log.jsonl'}:1501: unreadable line"]
     assert len(logs.interactions) == 1_999
+
+
+def write_folder(tmp_path, rows, wrong=()):
+    """interactions/ of one row a Parquet file; None for an item id that is missing."""
+    (tmp_path / "interactions").mkdir()
+    for number, (user, item, time) in enumerate(rows):
+        frame = pl.DataFrame({"user_id": [user], "item_id": [None if number in wrong else item], "timestamp": [time]})
+        frame.write_parquet(tmp_path / "interactions" / f"{number:03d}.parquet")
+    return make_config(tmp_path, interactions_file="interactions", items_file="", max_bad_ratio=0.5)
+
+
+def test_folder_of_parquet_files_is_one_table_in_the_order_of_names(tmp_path):
+    config = write_folder(tmp_path, [("u2", "i1", 20), ("u1", "i1", 10), ("u1", "i2", 30)])
+    assert triples(config)[0] == EXPECTED
+    labels = [f"source.interactions_file/{number:03d}.parquet" for number in range(3)]
+    assert list(source_files(config)) == labels  # each file counts in the stage's identity
+
+
+def test_wrong_row_of_a_folder_is_found_in_its_file(tmp_path):
+    config = write_folder(tmp_path, [("u2", "i1", 20), ("u1", "i1", 10), ("u1", "i2", 30)], wrong=[1])
+    logs = clean_logs(read_source(config), config.source)
+    (example,) = logs.bad["interactions"].examples
+    assert "001.parquet row 0" in example and "missing item id" in example
+
+
+def test_folder_without_parquet_files_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="source.interactions_file.*without \\*.parquet"):
+        source_files(write_folder(tmp_path, []))

@@ -160,3 +160,12 @@ def test_new_items_need_a_complete_folder(tmp_path):
 def test_standardisation_of_constant_rows_is_finite():
     part = Standardisation.fit(np.full((3, 2), 5, np.float32))
     np.testing.assert_array_equal(part.apply(np.full((1, 2), 5, np.float32)), 0)
+
+
+def test_a_table_in_chunks_is_the_table_in_one(tmp_path, monkeypatch):
+    whole = run_toy(tmp_path, "whole").folder("embeddings")
+    monkeypatch.setattr(embed, "CHUNK_ITEMS", 5)
+    chunked = run_toy(tmp_path, "chunked").folder("embeddings")
+    arrays = [np.load(folder / "items.npy") for folder in (whole, chunked)]
+    np.testing.assert_allclose(*arrays, rtol=1e-5, atol=1e-6)
+    assert sorted(path.name for path in chunked.iterdir()) == sorted(path.name for path in whole.iterdir())

@@ -91,3 +91,11 @@ def test_same_config_same_bytes(tmp_path):
 def test_embeddings_of_another_catalogue_are_refused(tmp_path):
     with pytest.raises(ArtifactError, match="items.npy"):
         run_toy(tmp_path, catalog_rows=NUM_ITEMS + 1)
+
+
+def test_many_rows_are_learned_from_by_a_sample_of_the_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize, "MAX_FIT_ROWS", 40)
+    items = toy_items()
+    items[-NUM_COLD:] = np.nan  # must not be drawn
+    first, second = (Manifest.load(run_toy(tmp_path, name, items=items).folder("tokenizer")) for name in "ab")
+    assert first.facts["training_items"] == 40 and first.files == second.files
