@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "precompute": ("contrec_dist.benchmarks.precompute", "rows/s a core against a bare loop, memory, cost against size"),
     "index": ("contrec_dist.benchmarks.index", "queries/s and recall of the FAISS index against exact search, in one and in several shards"),
+    "score": ("contrec_dist.benchmarks.score", "users/s, memory and growth of batch scoring over Ray; beside TIGER with --tiger"),
+    "sampler": ("contrec_dist.benchmarks.sampler", "HR@10 and seconds of few solver steps against 200 ancestral ones, on a finished run"),
     "tiger_decoder": ("contrec_dist.benchmarks.tiger_decoder", "users/s of TIGER's beam search over any number of items"),
     "train": ("contrec_dist.benchmarks.train", "tokens/s, MFU, memory and waiting of training; the paper's scheme; the head's cost"),
 }
@@ -34,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, (module, summary) in BENCHMARKS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        import_module(module).add_arguments(command)
+        if arguments[:1] == [name]:  # the others' packages need not be loaded
+            import_module(module).add_arguments(command)
         command.add_argument("--output", type=Path, help="JSON file for the figures")
     parsed = parser.parse_args(arguments)
     try:
