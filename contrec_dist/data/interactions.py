@@ -3,7 +3,7 @@
 Guarantees: every row that is left out is counted under a reason; wrong rows are shown with file and line; the order
 inside a user is by the order column where there is one, else by time, and ties keep the source's order; users and
 items are numbered by first appearance among the readable rows of the interactions file. Cost: a few int64 columns and
-one sort; 1 M rows take about a second.
+one sort; 1 M rows take about a second; memory, while the ids are text and repeats are sought, 350 bytes a row.
 """
 
 from dataclasses import dataclass, field
@@ -63,9 +63,9 @@ def clean_logs(raw: RawLogs, source: SourceConfig) -> CleanLogs:
     rows = _mark_unknown_items(rows, items)
     rows = take_good_rows(rows, raw.interactions, "interactions", source.max_bad_ratio, drops, bad)
     rows = _take_first_listed(rows, raw.further_rows, drops)
-    rows = _filter_rating(rows, source, drops)
+    rows = _filter_rating(rows, source, drops).drop("fault", "rating")  # what follows copies the table several times
     rows, user_ids, item_ids = _number_ids(rows)
-    rows = deduplicate(sort_by_user(rows), source.deduplicate, drops)
+    rows = deduplicate(sort_by_user(rows).drop("row"), source.deduplicate, drops)
     users, items_seen = rows["user_idx"].to_numpy(), rows["item_idx"].to_numpy()
     keep = k_core_mask(users, items_seen, source.min_user_interactions, source.min_item_interactions)
     _count(drops, "k-core", len(rows) - int(keep.sum()))
