@@ -62,7 +62,10 @@ class WandbTracker:
         self.run.log(values, step=step)
 
     def close(self) -> None:
+        import wandb
+
         self.run.finish()
+        wandb.teardown()  # until W&B's own process has written everything: a rank ends without Python's exit hooks
 
 
 class MlflowTracker:
