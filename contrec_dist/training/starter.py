@@ -12,10 +12,12 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
 from typing import Callable, Iterator
 
 STARTER_VARIABLE = "CONTREC_STARTER"
+POLL_SECONDS = 0.2
 
 
 def run_launcher(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
@@ -31,7 +33,14 @@ def run_launcher(command: list[str], environment: dict[str, str]) -> tuple[int, 
     with _handling(signal.SIGINT, signal.SIG_IGN):
         process = subprocess.Popen(command, env=environment)
     with _handling(signal.SIGINT, pass_on), _handling(signal.SIGTERM, pass_on):
-        return process.wait(), asked.is_set()
+        return _wait(process), asked.is_set()
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """Its exit code. Handlers run in the main thread, and a signal that another thread was given does not end a wait."""
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+    return process.returncode
 
 
 def stop_with_starter() -> None:

@@ -59,11 +59,15 @@ def trained(run_config, reference, folder, requests) -> dict[str, Config]:
             train=replace(run_config.train, num_epochs=1),
         )
         configs[name] = copy_run(reference[0], config, *INPUTS)
-    cut = copy_run(reference[0], replace(configs["llama"], run_dir=str(folder / "cut")), *INPUTS)
-    configs |= {"cut": cut, "cut_again": cut, "other_base": _on_another_base(configs["llama"], reference[0], folder)}
+    for name in ("cut", "moved"):
+        config = replace(configs["llama"], run_dir=str(folder / name))
+        configs[name] = copy_run(reference[0], config, *INPUTS)
+    configs["cut_again"] = configs["cut"]
+    configs["other_base"] = _on_another_base(configs["llama"], reference[0], folder)
     hub = _start_hub(requests)
     try:
-        run_several(configs, folder, "--stop=cut=3", HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HUB_OFFLINE="0")
+        stops = ("--stop=cut=3", "--stop=moved=3")
+        run_several(configs, folder, *stops, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HUB_OFFLINE="0")
     finally:
         hub.shutdown()
         hub.server_close()
@@ -133,6 +137,13 @@ def test_checkpoint_of_adapters_holds_no_base(trained):
 def test_adapters_stopped_and_run_again_equal_uninterrupted_to_the_bit(trained, folder):
     assert "stopped at step 3 " in json.loads((folder / "cut-rank0.json").read_text())["error"]
     assert file_hashes(trained["cut_again"], "model") == file_hashes(trained["llama"], "model")
+
+
+def test_adapters_go_on_with_another_number_of_ranks(trained, folder):
+    """The universal form, too, is made of a checkpoint without the base."""
+    run_several({"moved": trained["moved"]}, folder, num_ranks=1)
+    assert "resumed at step 3 " in (folder / "several_on_1.log").read_text()
+    np.testing.assert_allclose(_losses(trained["moved"]), _losses(trained["llama"]), rtol=1e-5)
 
 
 def test_adapters_are_not_put_on_another_base(trained, folder):

@@ -35,7 +35,8 @@ rank = subprocess.Popen([sys.executable, sys.argv[1], "--local_rank=0", sys.argv
 sys.exit(rank.wait())
 """
 STARTER = """
-import os, sys
+import os, sys, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()  # libraries have threads too
 from contrec_dist.training.starter import run_launcher
 
 code, asked = run_launcher([sys.executable, *sys.argv[1:]], dict(os.environ))
@@ -64,6 +65,17 @@ def started(tmp_path):
 def test_signal_at_the_command_reaches_the_ranks_and_is_waited_for(started, tmp_path, number):
     starter, _ = started
     starter.send_signal(number)
+    output, _ = starter.communicate(timeout=WAIT_SECONDS)
+    assert output == "code 0, asked True\n"
+    assert (tmp_path / "stopped").exists()
+
+
+def test_signal_at_a_frozen_command_counts_when_it_goes_on(started, tmp_path):
+    """Which of its threads is then given the signal is up to the system."""
+    starter, _ = started
+    starter.send_signal(signal.SIGSTOP)
+    starter.send_signal(signal.SIGTERM)
+    starter.send_signal(signal.SIGCONT)
     output, _ = starter.communicate(timeout=WAIT_SECONDS)
     assert output == "code 0, asked True\n"
     assert (tmp_path / "stopped").exists()
