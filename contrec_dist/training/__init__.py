@@ -17,6 +17,7 @@ What is guaranteed, and by whom:
     a signal or stop-file ends with a checkpoint           stop.py on the ranks, at a step boundary; starter.py carries
                                                            signals from `contrec` to them
     a run that stands still ends and says where            watchdog.py
+    no start waits for a lock that a killed one left       abandoned_builds.py
     no rank outlives its command                           starter.py; on other hosts the launcher there
 
 Not guaranteed: the same bits on another number of threads, another CPU or GPU, or other versions of torch and DeepSpeed.

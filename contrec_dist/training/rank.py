@@ -21,6 +21,7 @@ from contrec_dist.data.prompts import RESPONSE_TEXTS, PromptTexts
 from contrec_dist.manifest import IDENTITY_NAME, Manifest, run_stage
 from contrec_dist.model.backbone import load_text_tokenizer, train_text_tokenizer
 from contrec_dist.model.export import build_model, load_export, save_export
+from contrec_dist.training.abandoned_builds import releasing_abandoned_builds
 from contrec_dist.training.train import load_user_latents, stage_settings
 from contrec_dist.training.watchdog import Watchdog
 from sharding.token_reader import TokenReader
@@ -52,11 +53,12 @@ def start_process_group(config: Config) -> None:
     """Join the ranks that DeepSpeed or torchrun started; CPU threads are shared out among those of this machine."""
     import deepspeed
 
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        timeout=timedelta(minutes=config.launch.timeout_minutes),
-        verbose=False,
-    )
+    with releasing_abandoned_builds():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timedelta(minutes=config.launch.timeout_minutes),
+            verbose=False,
+        )
     _unlink_shared_buffer()
     # torchrun, DeepSpeed and, where neither says it, the whole world
     local_ranks = int(next(filter(None, map(os.environ.get, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"))), 1))
@@ -137,7 +139,8 @@ def _train_and_export(config: Config, work: Path, watchdog: Watchdog) -> dict:
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.train.weight_decay), lr=config.train.learning_rate, betas=(0.9, 0.98)
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    with releasing_abandoned_builds():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     del born_partitioned  # from here on models load whole: rank 0 will load its export, alone
     watchdog.beat("engine started")
     loop = TrainingLoop(config, engine, data.rows, checkpoints, watchdog, data.open_probe(config, engine.module))
