@@ -36,7 +36,7 @@ def build_shards(
         raise ConfigError("index.num_shards", config.num_shards, f"1 to {len(ids)}, the number of items")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    factory = choose_factory(config.factory, len(ids), vectors.shape[1], config.memory_bytes)
+    factory = choose_factory(config.factory, len(ids), vectors.shape[1], metric, config.memory_bytes)
     trained = train_index(vectors, factory, metric, config.train_rows)
     write_trained(folder, trained)
     layout = {"format": LAYOUT_FORMAT, "metric": metric, "dim": int(vectors.shape[1]), "factory": factory}

@@ -2,14 +2,16 @@
 
 A factory is any string of faiss.index_factory. 'auto' takes, of the first that fit `memory_bytes`:
 
-    up to 200,000 items    Flat                         every vector visited
-    above                  IVFn,PQdx4fs,RFlat           4 bits a dimension scanned in registers, the best ones scored again
-                           IVFn,PQdx4fs,Refine(SQfp16)  with half, or a quarter, of the bytes for that second look
-                           IVFn,PQdx4fs,Refine(SQ8)
-                           IVFn,SQ8                     one byte a dimension, nothing else
+    up to 200,000 items    Flat                          every vector visited
+    above                  IVFn,PQdx4fsr,RFlat           4 bits a dimension scanned in registers, the best ones scored again
+                           IVFn,PQdx4fsr,Refine(SQfp16)  with half, or a quarter, of the bytes for that second look
+                           IVFn,PQdx4fsr,Refine(SQ8)
+                           IVFn,SQ8                      one byte a dimension, nothing else
 
 with n, the lists, about 2 sqrt(N). One dimension a sub-quantiser fits every width, keeps a column that differs from the others
-(the bias of item vectors) apart from them, and orders candidates well enough that few are scored again.
+(the bias of item vectors) apart from them, and orders candidates well enough that few are scored again. Codes are of what a
+list's centroid leaves over (fsr), which for inner products costs nothing; for L2 it would cost a table a list, so there they
+are of the vectors (fs).
 
 Search parameters: nprobe (IVF: lists visited), efSearch (HNSW: width of the walk), k_factor_rf (RFlat and Refine: candidates
 scored again, per result).
@@ -22,6 +24,7 @@ import faiss
 
 import sharding.faiss_settings  # noqa: F401
 from contrec_dist.errors import ConfigError
+from contrec_dist.retrieval.top_k import Metric
 
 FLAT_ROWS = 200_000  # up to here exact search is fast enough on a CPU
 ID_BYTES = 8
@@ -34,14 +37,14 @@ SCATTERED_BYTES_FACTOR = 4
 LIST_OVERHEAD_BYTES = 4096
 
 
-def choose_factory(factory: str, num_items: int, dim: int, memory_bytes: int = 0) -> str:
+def choose_factory(factory: str, num_items: int, dim: int, metric: Metric, memory_bytes: int = 0) -> str:
     """The factory string itself, or for 'auto' the first of the module's table that fits.
 
     Errors   ConfigError when none fits memory_bytes (0: no limit), with the bytes of the smallest
     """
     if factory != "auto":
         return factory
-    options = _auto_options(num_items, dim)
+    options = _auto_options(num_items, dim, metric)
     for name, num_bytes in options.items():
         if not memory_bytes or num_bytes <= memory_bytes:
             return name
@@ -111,15 +114,16 @@ def set_parameters(indexes: list[faiss.Index], parameters: dict[str, int]) -> No
             faiss.ParameterSpace().set_index_parameter(index, name, value)
 
 
-def _auto_options(num_items: int, dim: int) -> dict[str, int]:
+def _auto_options(num_items: int, dim: int, metric: Metric) -> dict[str, int]:
     """Factories of 'auto', the preferred one first, and the bytes that the index takes when it is open."""
     lists = f"IVF{count_lists(num_items)}"
+    codes = f"{lists},PQ{dim}x4fs{'r' if metric == 'inner_product' else ''}"
     shared, fixed = count_lists(num_items) * 4 * dim, 2 * ID_BYTES
     bytes_per_item = {
         "Flat": 4 * dim + ID_BYTES,
-        f"{lists},PQ{dim}x4fs,RFlat": 4.5 * dim + fixed,
-        f"{lists},PQ{dim}x4fs,Refine(SQfp16)": 2.5 * dim + fixed,
-        f"{lists},PQ{dim}x4fs,Refine(SQ8)": 1.5 * dim + fixed,
+        f"{codes},RFlat": 4.5 * dim + fixed,
+        f"{codes},Refine(SQfp16)": 2.5 * dim + fixed,
+        f"{codes},Refine(SQ8)": 1.5 * dim + fixed,
         f"{lists},SQ8": dim + fixed + ID_BYTES,
     }
     if num_items >= FLAT_ROWS:

@@ -69,7 +69,7 @@ def test_ids_come_back_as_given_in_whatever_order(tmp_path):
     assert np.array_equal(shards.search(vectors[:9], 5)[1], ids[by_id][rows])
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW8", "IVF8,PQ2,RFlat"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW8", "IVF8,PQ8x4fs,RFlat"])
 def test_opened_index_answers_as_the_built_one_and_files_are_the_same_when_built_again(tmp_path, factory):
     vectors, config = make_vectors(600, 8), replace(FLAT, factory=factory, num_shards=2, min_recall=0.5)
     built = build(vectors, tmp_path / "a", config, "l2")
@@ -100,7 +100,7 @@ def test_recall_below_the_minimum_is_refused_with_the_figures(tmp_path):
     assert not (tmp_path / "shards.json").exists()
 
 
-@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,PQ8x4fs,RFlat", "IVF8,PQ8x4fs,Refine(SQ8)", "IVF8,SQ8", "PQ8x4fs,RFlat"])
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,PQ8x4fsr,RFlat", "IVF8,PQ8x4fs,Refine(SQ8)", "IVF8,SQ8", "PQ8x4fs,RFlat"])
 def test_shards_answer_with_the_bits_and_the_recall_of_one(tmp_path, factory):
     vectors, config = make_vectors(900, 8), replace(FLAT, factory=factory, min_recall=0.7)
     one = build(vectors, tmp_path / "one", config)
@@ -258,15 +258,14 @@ def test_a_torn_shard_names_its_file(tmp_path):
 
 
 def test_auto_is_flat_when_small_and_scans_codes_when_big():
-    assert choose_factory("auto", 12_000, 128) == "Flat"
-    assert choose_factory("auto", 1_000_000, 129) == "IVF2048,PQ129x4fs,RFlat"
-    assert choose_factory("HNSW32", 12, 128) == "HNSW32"
+    assert choose_factory("auto", 12_000, 128, "l2") == "Flat"
+    assert choose_factory("auto", 1_000_000, 129, "inner_product") == "IVF2048,PQ129x4fsr,RFlat"
+    assert choose_factory("auto", 1_000_000, 64, "l2") == "IVF2048,PQ64x4fs,RFlat"
+    assert choose_factory("HNSW32", 12, 128, "l2") == "HNSW32"
 
 
 def test_auto_keeps_to_the_memory_budget():
-    assert choose_factory("auto", 1_000_000, 128, 600_000_000) == "IVF2048,PQ128x4fs,RFlat"
-    assert choose_factory("auto", 1_000_000, 128, 400_000_000) == "IVF2048,PQ128x4fs,Refine(SQfp16)"
-    assert choose_factory("auto", 1_000_000, 128, 250_000_000) == "IVF2048,PQ128x4fs,Refine(SQ8)"
-    assert choose_factory("auto", 1_000_000, 128, 170_000_000) == "IVF2048,SQ8"
+    chosen = [choose_factory("auto", 1_000_000, 128, "l2", budget * 1_000_000) for budget in (600, 400, 250, 170)]
+    assert chosen == [f"IVF2048,{rest}" for rest in ("PQ128x4fs,RFlat", "PQ128x4fs,Refine(SQfp16)", "PQ128x4fs,Refine(SQ8)", "SQ8")]
     with pytest.raises(ConfigError, match="index.memory_bytes.*1000.*at least"):
-        choose_factory("auto", 1_000_000, 128, 1000)
+        choose_factory("auto", 1_000_000, 128, "l2", 1000)
