@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -60,16 +61,32 @@ def load_backbone(config: BackboneConfig, vocab_size: int) -> nn.Module:
 
     Errors   ConfigError for adapters without `path`: a base of random weights would be frozen, and is not exported
     """
+    if not config.path:
+        return empty_backbone(config, vocab_size)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.path, dtype=torch.float32, attn_implementation=attention_kernel(config.attention)
+    )
+    return _prepare(model, config)
+
+
+def empty_backbone(config: BackboneConfig, vocab_size: int) -> nn.Module:
+    """The same modules with fresh weights: of `path` only its config.json is read (under torch.device("meta"): no weights).
+
+    Errors   ConfigError as load_backbone, and when transformers finds no config at `path`
+    """
     if config.lora.rank and not config.path:
         raise ConfigError("backbone.lora.rank", config.lora.rank, "0 where backbone.path is empty: adapters need a trained base")
-    if config.path:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=torch.float32, attn_implementation=attention_kernel(config.attention)
-        )
-    else:
-        model = AutoModelForCausalLM.from_config(
-            shape_to_config(config.shape, vocab_size), attn_implementation=attention_kernel(config.attention)
-        )
+    try:
+        shape = AutoConfig.from_pretrained(config.path) if config.path else shape_to_config(config.shape, vocab_size)
+    except OSError as error:
+        raise ConfigError("backbone.path", config.path, f"a folder or hub name that is there ({error})") from None
+    model = AutoModelForCausalLM.from_config(
+        shape, dtype=torch.float32, attn_implementation=attention_kernel(config.attention)
+    )
+    return _prepare(model, config)
+
+
+def _prepare(model: nn.Module, config: BackboneConfig) -> nn.Module:
     model.config.use_cache = False
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from contrec_dist.config import BackboneConfig, Config, HeadConfig, LoraConfig, LossConfig, ShapeConfig
 from contrec_dist.errors import ArtifactError
@@ -26,11 +26,14 @@ BACKBONE_PREFIX = "backbone."
 
 def build_model(
     config: Config, *, vocab_size: int, item_latents: Tensor | None, num_items: int, latent_mean: Tensor,
-    latent_std: Tensor, log_popularity: Tensor, latent_noise: float,
+    latent_std: Tensor, log_popularity: Tensor, latent_noise: float, backbone: nn.Module | None = None,
 ) -> ContRec:
-    """A fresh model of the config. latent_noise: C_sigma of the tokenizer, in units of the normalised latent."""
+    """A fresh model of the config, around `backbone` or the one of the config.
+
+    latent_noise: C_sigma of the tokenizer, in units of the normalised latent.
+    """
     return ContRec(
-        backbone=load_backbone(config.backbone, vocab_size),
+        backbone=load_backbone(config.backbone, vocab_size) if backbone is None else backbone,
         backbone_config=config.backbone,
         head=config.head,
         loss=config.loss,

@@ -109,12 +109,12 @@ class NoiseSchedule:
 def _betas(num_train_steps: int, kind: str) -> Tensor:
     """Noise added by each step. Shapes: -> (T,) float64."""
     if kind == "linear":
-        return torch.linspace(*LINEAR_BETA_RANGE, num_train_steps, dtype=torch.float64)
+        return torch.linspace(*LINEAR_BETA_RANGE, num_train_steps, dtype=torch.float64, device="cpu")
     if kind != "cosine":
         raise ConfigError("head.schedule", kind, "'cosine' or 'linear'")
     bars = [math.cos((t / num_train_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(num_train_steps + 1)]
     betas = [1.0 - after / before for before, after in zip(bars, bars[1:])]
-    return torch.tensor(betas, dtype=torch.float64).clamp_max(MAX_COSINE_BETA)
+    return torch.tensor(betas, dtype=torch.float64, device="cpu").clamp_max(MAX_COSINE_BETA)
 
 
 def _check_kind(kind: str) -> None:

@@ -59,9 +59,8 @@ def read_settings(source: str) -> dict:
 
     Errors   ConfigError when it is neither, or holds a key twice
     """
-    path = Path(source)
     try:
-        text = path.read_text() if len(source) < 4096 and path.is_file() else _decode(source)
+        text = Path(source).read_text() if _is_file(source) else _decode(source)
         settings = hjson.loads(text, object_pairs_hook=_refuse_repeated)
     except (ValueError, OSError) as error:
         raise ConfigError("launch.deepspeed_config", source[:200], f"a JSON file of DeepSpeed settings ({error})") from None
@@ -72,7 +71,7 @@ def read_settings(source: str) -> dict:
 
 def is_settings_source(text: str) -> bool:
     """Whether a command-line word names settings: a file, or base64 of a JSON object."""
-    return text.endswith(".json") or Path(text[:4096]).is_file() or text.startswith("eyJ")
+    return text.endswith(".json") or _is_file(text) or text.startswith("eyJ")
 
 
 def merge_settings(derived: dict, given: dict, config: Config) -> dict:
@@ -97,6 +96,13 @@ def counted_settings(config: Config) -> dict | None:
     zero = given.get("zero_optimization") or {}
     counted |= {f"zero_optimization.{key}": zero[key] for key in zero if key.startswith(COUNTED_OF_ZERO)}
     return {"deepspeed": counted} if counted else None
+
+
+def _is_file(source: str) -> bool:
+    try:
+        return Path(source).is_file()
+    except OSError:  # no system takes so long a name
+        return False
 
 
 def _decode(source: str) -> str:

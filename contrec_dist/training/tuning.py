@@ -7,7 +7,7 @@ the run's checkpoints and model stay as they are, and a model that is complete d
 
 Needs    the package `tabulate` (pip install 'contrec_dist[autotuning]'); "autotuning": {"enabled": true} in the JSON; as many
          CPU ranks as LOCAL_SIZE says where there is no GPU (the autotuner counts devices before --num_gpus is looked at).
-Of DeepSpeed 0.19  After each trial the autotuner asks `pdsh` to end what is left of it; without pdsh it prints a traceback and
+Of DeepSpeed 0.19  With mlflow installed the autotuner wants a run of mlflow's (MLFLOW_RUN_ID). After each trial the autotuner asks `pdsh` to end what is left of it; without pdsh it prints a traceback and
          goes on. `run` starts the best trial once more, which still carries the autotuning section and so ends after the
          profiled steps: use `tune`, then train with the values of autotuning_results/ds_config_optimal.json.
 """
@@ -60,6 +60,7 @@ def trial_config(config: Config, world_size: int) -> Config:
             bucket_elements=default.bucket_elements,
             persistence_threshold=default.persistence_threshold,
         ),
+        monitor=replace(config.monitor, probe_every_steps=0, trackers=[], profile_num_steps=0),
         launch=replace(config.launch, deepspeed_config=base64.urlsafe_b64encode(json.dumps(rest).encode()).decode()),
     )
 
