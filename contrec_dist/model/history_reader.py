@@ -18,6 +18,7 @@ from contrec_dist.data.prompts import PromptTexts
 from contrec_dist.model.backbone import causal_lm
 from contrec_dist.model.continuous_inputs import MARKER_ITEM
 from contrec_dist.model.contrec import ContRec
+from contrec_dist.model.last_position import read_last_positions
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class HistoryReader:
             embeddings = self._embed(histories, layout)
             if reasoning:
                 return self._read_with_text(embeddings, torch.from_numpy(layout.real).to(self.device))
-            hidden = causal_lm(self.model.backbone).base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-            last = torch.from_numpy(layout.last).to(self.device)
-            return Reading(hidden.flatten(0, 1)[last].float(), [""] * len(histories))
+            last = torch.from_numpy(layout.last % layout.width).to(self.device)
+            condition = read_last_positions(causal_lm(self.model.backbone).base_model, embeddings, last)
+            return Reading(condition.float(), [""] * len(histories))
 
     def _read_with_text(self, embeddings: Tensor, real: Tensor) -> Reading:
         cache = DynamicCache()

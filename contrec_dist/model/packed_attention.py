@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 PACKED = "contrec_packed"
 SHORTEST_GROUP = 16
+LONGEST_BY_HAND = 64  # up to here three bf16 products are faster than CPUs' fused kernel
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,36 @@ class PackedSpans:
         return SpanGroup(longest, gather, real.nonzero()[:, 0])
 
 
+@dataclass(frozen=True)
+class PaddedRows:
+    """Instead of spans, where nothing is learned: every row is one sample from its first position on.
+
+    Layer `last_layer` computes position last[b] of row b alone, and returns it at every position. Shapes   last (B,) int64
+    """
+
+    last: Tensor
+    last_layer: int
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The query scaled. (B, heads, L, d) -> (B, heads, L, d)"""
+        query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings left them in fp32
+        length, rows = query.shape[2], torch.arange(len(query), device=query.device)
+        if layer == self.last_layer:
+            one = query[rows, :, self.last][:, :, None]  # (B, heads, 1, d)
+            later = torch.arange(length, device=query.device) > self.last[:, None]  # (B, L)
+            scores = torch.matmul(one, key.transpose(-1, -2)).masked_fill_(later[:, None, None], -torch.inf)
+            return torch.matmul(torch.softmax(scores, dim=-1), value).expand(query.shape)
+        if length > LONGEST_BY_HAND or query.dtype == torch.float32:
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+        causal = torch.full((length, length), -torch.inf, device=query.device, dtype=query.dtype).triu(1)
+        scores = torch.matmul(query, key.transpose(-1, -2)).add_(causal)  # (B, heads, L, L)
+        return torch.matmul(torch.softmax(scores, dim=-1), value)
+
+
 def packed_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, packed_spans: PackedSpans | None = None, **kwargs,
+    dropout: float = 0.0, scaling: float | None = None, packed_spans: PackedSpans | PaddedRows | None = None,
+    **kwargs,
 ) -> tuple[Tensor, None]:
     """Causal attention inside every span; padding gets zeros.
 
@@ -82,11 +110,12 @@ def packed_attention_forward(
         )
     num_rows, num_heads, row_tokens, head_dim = query.shape
     repeats = num_heads // key.shape[1]
-    flat = [
-        one.transpose(1, 2).reshape(num_rows * row_tokens, num_heads, head_dim)
-        for one in (query * (head_dim**-0.5 if scaling is None else scaling), repeat_kv(key, repeats), repeat_kv(value, repeats))
-    ]
-    parts = [_attend(group, *flat, dropout=dropout) for group in packed_spans.groups]
+    query = query * (head_dim**-0.5 if scaling is None else scaling)
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    if isinstance(packed_spans, PaddedRows):
+        return packed_spans.attend(module.layer_idx, query, key, value).transpose(1, 2), None
+    flat = [one.transpose(1, 2).reshape(num_rows * row_tokens, num_heads, head_dim) for one in (query, key, value)]
+    parts = [_attend_group(group, *flat, dropout=dropout) for group in packed_spans.groups]
     # Zeros that depend on all three: a micro-batch of padding alone gives every projection its (zero) gradient, as on the
     # other ranks; ZeRO's reductions would not match without.
     out = query.new_zeros(num_rows * row_tokens, num_heads, head_dim) if parts else 0.0 * (flat[0] + flat[1] + flat[2])
@@ -95,15 +124,20 @@ def packed_attention_forward(
     return out.view(num_rows, row_tokens, num_heads, head_dim), None
 
 
-def _attend(group: SpanGroup, query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
+def _attend_group(group: SpanGroup, query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
     """One group. Padding stands at the end of a sample, where no real position looks. -> (m, heads, d)"""
     shape = (-1, group.longest, *query.shape[1:])
     q, k, v = (one.index_select(0, group.gather).view(shape).transpose(1, 2) for one in (query, key, value))
-    causal = torch.full((group.longest, group.longest), -torch.inf, device=query.device, dtype=query.dtype).triu(1)
-    scores = torch.matmul(q, k.transpose(-1, -2)) + causal  # (n, heads, longest, longest)
+    return _attend(q, k, v, dropout=dropout).transpose(1, 2).flatten(0, 1).index_select(0, group.real)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
+    """Causal attention of samples of one length, the query scaled. (n, heads, L, d) -> (n, heads, L, d)"""
+    length = query.shape[2]
+    causal = torch.full((length, length), -torch.inf, device=query.device, dtype=query.dtype).triu(1)
+    scores = torch.matmul(query, key.transpose(-1, -2)) + causal  # (n, heads, L, L)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    mixed = torch.matmul(functional.dropout(weights, dropout), v)  # (n, heads, longest, d)
-    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
+    return torch.matmul(functional.dropout(weights, dropout), value)
 
 
 AttentionInterface.register(PACKED, packed_attention_forward)

@@ -62,30 +62,31 @@ class Retriever:
     ) -> Found:
         """Candidates of every user, best first, in the views wanted."""
         if self.score.rank_by == "samples":
-            return self._find_by_samples(views, condition, users, seed, wanted)
+            return self.rank_samples(self.draw_samples(views, condition, seed), users, wanted)
         queries = views.queries(condition).cpu().numpy()
         found = search_views(self.shards.search, queries, self.num_candidates, users.items, users.offsets, wanted)
         by_likelihood = self.score.rank_by == "likelihood" and views.model.head.denoiser is not None
         return self.rescore(views, condition, found, seed) if by_likelihood else found  # bayes: the query is log p itself
 
-    def _find_by_samples(
-        self, views: UserViews, condition: torch.Tensor, users: Users, seed: int, wanted: Sequence[str]
-    ) -> Found:
-        """Neighbours of S sampled latents a user, fused; among unseen items alone where seen ones are masked."""
-        count, draws = self.num_candidates, self.score.num_samples
+    def draw_samples(self, views: UserViews, condition: torch.Tensor, seed: int) -> np.ndarray:
+        """Latents of every user. Shapes   condition (B, D) -> (S, B, K * Z) float32"""
         samples = views.model.head.sample(
             condition,
-            num_samples=draws,
+            num_samples=self.score.num_samples,
             num_steps=self.score.num_sampling_steps,
             solver=self.score.solver,
             guidance=self.score.guidance,
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + seed),
             denoise=self._closed_form(views, condition) if views.model.head.denoiser is None else None,
         )
-        queries = samples.flatten(0, 1).cpu().numpy()  # (S * B, K * Z)
-        seen = select_seen(users.items, users.offsets, np.tile(np.arange(len(condition)), draws))
-        near = search_views(self.shards.search, queries, count, *seen, wanted)
-        shape = (draws, len(condition), count)
+        return samples.cpu().numpy()
+
+    def rank_samples(self, samples: np.ndarray, users: Users, wanted: Sequence[str]) -> Found:
+        """Neighbours of S latents a user, fused; among unseen items alone where seen ones are masked. samples (S, B, K * Z)"""
+        count, draws = self.num_candidates, len(samples)
+        seen = select_seen(users.items, users.offsets, np.tile(np.arange(len(users)), draws))
+        near = search_views(self.shards.search, samples.reshape(draws * len(users), -1), count, *seen, wanted)
+        shape = (draws, len(users), count)
         return {
             view: fuse_samples(scores.reshape(shape), item_idx.reshape(shape), count)
             for view, (scores, item_idx) in near.items()

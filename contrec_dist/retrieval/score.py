@@ -27,7 +27,13 @@ from contrec_dist.progress import get_logger
 from contrec_dist.retrieval.pairing import Versions, check_pairing
 from contrec_dist.retrieval.recommendations import rerank
 from contrec_dist.retrieval.retriever import Retriever
-from contrec_dist.retrieval.score_workers import CandidateWriter, DirectWriter, RecommendationWriter, views_of
+from contrec_dist.retrieval.score_workers import (
+    CandidateWriter,
+    DirectWriter,
+    RecommendationWriter,
+    peak_memory_bytes,
+    views_of,
+)
 from contrec_dist.retrieval.scored_users import ScoredUsers
 from contrec_dist.retrieval.user_views import UserViews
 from contrec_dist.retrieval.users_files import NamedUsers, pick_users, read_histories
@@ -84,7 +90,7 @@ def _build(config: Config, work: Path) -> dict:
     shutil.rmtree(work / CANDIDATES, ignore_errors=True)
     (work / NAMED_USERS).unlink(missing_ok=True)
     facts = {"model_version": versions.model, "index_version": versions.index, "k": config.score.k, "rank_by": config.score.rank_by}
-    return {**named.facts, **choice, **facts, **summarize_parts(parts)}
+    return {**choice, **facts, **summarize_parts(parts), **named.facts}
 
 
 def name_users(config: Config, work: Path) -> NamedUsers:
@@ -182,9 +188,12 @@ def summarize_parts(parts: list[dict]) -> dict:
     shares = ", ".join(f"{step} {seconds / total:.0%}" for step, seconds in steps.items()) if total else ""
     get_logger("score").info("%d users, %.0f a second and worker: %s", users, users / max(total, 1e-9), shares)
     return {
+        "users": users,
         "rows": sum(one["rows"] for one in parts),
         "worker_seconds": {step: round(seconds, 3) for step, seconds in steps.items()},
+        "worker_cpu_seconds": round(sum(one["cpu_seconds"] for one in parts), 3),
         "worker_peak_bytes": max((one["peak_bytes"] for one in parts), default=0),
+        "driver_peak_bytes": peak_memory_bytes(),
     }
 
 

@@ -1,6 +1,7 @@
 """What Ray workers of the score stage do with a range of users. Every part depends on its range and the config alone."""
 
 import resource
+import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -34,11 +35,17 @@ def scoring_device(config: Config) -> torch.device:
     return torch.device("cuda" if config.ray.gpus_per_worker and torch.cuda.is_available() else "cpu")
 
 
+def peak_memory_bytes() -> int:
+    """The most resident memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class StepClock:
-    """Seconds that a part spends in each of its steps."""
+    """Seconds that a part spends in each of its steps, and the CPU's share of them."""
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
+        self.cpu_start = time.process_time()
 
     @contextmanager
     def time(self, step: str) -> Iterator[None]:
@@ -48,8 +55,9 @@ class StepClock:
 
     def facts(self, users: int, rows: int) -> dict:
         """What a part tells the driver; memory is the process's highest so far."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"users": users, "rows": rows, "seconds": dict(self.seconds), "peak_bytes": peak}
+        cpu_seconds = time.process_time() - self.cpu_start
+        seconds = dict(self.seconds)
+        return {"users": users, "rows": rows, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_memory_bytes()}
 
 
 @dataclass
