@@ -20,7 +20,9 @@ CLUSTER = ROOT / "configs" / "cluster"
 STAND_INS = {
     "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; export SLURM_NODEID=0; exec "$@"',
     "scontrol": 'if [ "$1" = show ]; then printf "node-0\\nnode-1\\n"; else echo "$@" >> scontrol.txt; fi',
-    "deepspeed": 'echo "$@" > deepspeed.txt; while [ -f hold ] && [ ! -f runs/toy/STOP ]; do sleep 0.1; done; exit "$(cat code)"',
+    "deepspeed": """echo "$@" > deepspeed.txt
+        while [ -f hold ] && [ ! -f runs/toy/STOP ]; do sleep 0.1; done
+        exit "$(cat code)" """,
 }
 
 

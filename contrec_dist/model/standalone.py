@@ -83,8 +83,8 @@ def _outputs(model) -> dict[str, Tensor]:
     vocab_size = lm.get_input_embeddings().num_embeddings
     tokens = torch.randint(vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
     hidden = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    outputs = {"conditions": hidden, "queries": model.head.query(hidden.flatten(0, 1)), "logits": lm.get_output_embeddings()(hidden)}
-    return {name: value.float() for name, value in outputs.items()}
+    queries, logits = model.head.query(hidden.flatten(0, 1)), lm.get_output_embeddings()(hidden)
+    return {"conditions": hidden.float(), "queries": queries.float(), "logits": logits.float()}
 
 
 def _compare(folder: Path, expected: dict[str, Tensor]) -> None:

@@ -59,13 +59,16 @@ def read_settings(source: str) -> dict:
 
     Errors   ConfigError when it is neither, or holds a key twice
     """
+    is_file = _is_file(source)
     try:
-        text = Path(source).read_text() if _is_file(source) else _decode(source)
+        text = Path(source).read_text() if is_file else _decode(source)
         settings = hjson.loads(text, object_pairs_hook=_refuse_repeated)
     except (ValueError, OSError) as error:
         raise ConfigError("launch.deepspeed_config", source[:200], f"a JSON file of DeepSpeed settings ({error})") from None
     if not isinstance(settings, dict):
         raise ConfigError("launch.deepspeed_config", source[:200], "a JSON object of DeepSpeed settings")
+    if is_file:  # in a user's file this section speaks to the launcher; the engine would end after a few steps
+        settings.pop("autotuning", None)
     return settings
 
 
@@ -79,7 +82,7 @@ def merge_settings(derived: dict, given: dict, config: Config) -> dict:
 
     Errors   ConfigError that names every conflict: JSON key and value, config key and value
     """
-    conflicts = [*_decided_conflicts(derived, given), *_open_conflicts(derived, given, config), *_other_conflicts(given, config)]
+    conflicts = _decided_conflicts(derived, given) + _open_conflicts(derived, given, config) + _other_conflicts(given, config)
     if conflicts:
         raise ConfigError("launch.deepspeed_config", "; ".join(conflicts), 'the same values in both, or "auto" in the JSON')
     taken = {key: value for key, value in given.items() if key not in (*PRECISIONS, "optimizer", "scheduler")}

@@ -100,7 +100,10 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
         trainable, frozen = counts.get(part, (0, 0))
-        counts[part] = (trainable + parameter.numel() * parameter.requires_grad, frozen + parameter.numel() * (not parameter.requires_grad))
+        if parameter.requires_grad:
+            counts[part] = (trainable + parameter.numel(), frozen)
+        else:
+            counts[part] = (trainable, frozen + parameter.numel())
     return counts
 
 
@@ -202,7 +205,8 @@ def _lay_out_rows(config: Config, sizes: DataSizes) -> tuple[Tensor, list[int]]:
     row_tokens = config.train.row_tokens
     lengths = [_sample_positions(config, items)[0] for items in sizes.sample_items]
     if max(lengths) > row_tokens:
-        raise ConfigError("train.row_tokens", row_tokens, f"about {max(lengths)}, for a sample of {max(sizes.sample_items)} items")
+        expected = f"at least about {max(lengths)}, for a sample of {max(sizes.sample_items)} items"
+        raise ConfigError("train.row_tokens", row_tokens, expected)
     segments = torch.zeros(config.train.micro_batch_rows, row_tokens, dtype=torch.int64)
     placed: list[int] = []
     for row in segments:

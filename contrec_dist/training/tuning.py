@@ -7,29 +7,33 @@ the run's checkpoints and model stay as they are, and a model that is complete d
 
 Needs    the package `tabulate` (pip install 'contrec_dist[autotuning]'); "autotuning": {"enabled": true} in the JSON; as many
          CPU ranks as LOCAL_SIZE says where there is no GPU (the autotuner counts devices before --num_gpus is looked at).
-Of DeepSpeed 0.19  With mlflow installed the autotuner wants a run of mlflow's (MLFLOW_RUN_ID). After each trial the autotuner asks `pdsh` to end what is left of it; without pdsh it prints a traceback and
-         goes on. `run` starts the best trial once more, which still carries the autotuning section and so ends after the
-         profiled steps: use `tune`, then train with the values of autotuning_results/ds_config_optimal.json.
+Of DeepSpeed 0.19  After each trial the autotuner asks `pdsh` to end what is left of it; without pdsh it prints a traceback and
+         goes on. With mlflow installed it wants a run of mlflow's (MLFLOW_RUN_ID). `run` starts the best trial once more, which
+         still carries the autotuning section and so ends after the profiled steps: use `tune`, then train with the values of
+         autotuning_results/ds_config_optimal.json.
 """
 
 import base64
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from contrec_dist.config import Config, ZeroConfig
 from contrec_dist.manifest import IDENTITY_NAME, write_json
 from contrec_dist.training.deepspeed_file import read_settings
+from contrec_dist.training.train import STAGE
 
 END_PROFILE_STEP = 5
 "DeepSpeed's default of autotuning.end_profile_step: the engine ends the process after the step that follows"
+TRIAL_FOLDER = ".autotuning"
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def is_trial(config: Config) -> bool:
-    """Whether the settings came from the autotuner."""
+    """Whether the settings came from the autotuner (read_settings leaves its section out of a user's file)."""
     source = config.launch.deepspeed_config
     return bool(source) and bool((read_settings(source).get("autotuning") or {}).get("enabled"))
 
@@ -70,21 +74,26 @@ def run_trial(config: Config) -> None:
     from contrec_dist.training.rank import start_process_group, train_and_export
 
     start_process_group(config)
-    name = "autotuning-trial"  # in the place of a stage's identity: names the checkpoints' folder
-    work, checkpoints = config.folder(f".{name}"), config.folder("checkpoints") / name[:12]
+    run = config.folder(TRIAL_FOLDER)
     first = torch.distributed.get_rank() == 0
     try:
         if first:
-            for folder in (work, checkpoints):
-                shutil.rmtree(folder, ignore_errors=True)
-            work.mkdir(parents=True)
-            write_json(work / IDENTITY_NAME, {"identity": name})
+            _make_run(config, run)
         torch.distributed.barrier()
-        train_and_export(trial_config(config, torch.distributed.get_world_size()), work)
+        config = trial_config(config, torch.distributed.get_world_size())
+        train_and_export(replace(config, run_dir=str(run)), run / STAGE["folder"])
     except SystemExit:
         pass  # DeepSpeed's way to say that it has what it wants
     finally:
         torch.distributed.destroy_process_group()
         if first:
-            for folder in (work, checkpoints):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def _make_run(config: Config, run: Path) -> None:
+    """A run folder that shares the inputs of the real one and holds whatever the trial writes."""
+    shutil.rmtree(run, ignore_errors=True)
+    (run / STAGE["folder"]).mkdir(parents=True)
+    for name in (*STAGE["inputs"], "embeddings"):
+        (run / name).symlink_to(config.folder(name).resolve(), target_is_directory=True)
+    write_json(run / STAGE["folder"] / IDENTITY_NAME, {"identity": TRIAL_FOLDER})

@@ -10,6 +10,7 @@ import pytest
 from contrec_dist.config import Config, ZeroConfig
 from contrec_dist.errors import ConfigError
 from contrec_dist.training.deepspeed_file import counted_settings, is_settings_source, read_settings
+from contrec_dist.training.tuning import is_trial, trial_config
 from contrec_dist.training.zero3 import deepspeed_config
 from launchers.train import main
 
@@ -122,6 +123,22 @@ def test_the_autotuner_passes_base64_and_people_write_comments(tmp_path):
     assert read_settings(str(tmp_path / "ds.json")) == {"steps_per_print": 7}
 
 
+def test_a_file_for_the_autotuner_trains_to_the_end_and_only_what_it_passes_is_a_trial(tmp_path):
+    settings = {
+        "autotuning": {"enabled": True, "end_profile_step": 3}, "zero_optimization": {"stage": 1, "reduce_bucket_size": 7},
+        "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3, "train_batch_size": 99,
+    }  # fmt: skip
+    by_hand = with_settings(tmp_path, {"autotuning": settings["autotuning"]})
+    assert not is_trial(by_hand) and "autotuning" not in deepspeed_config(by_hand, 2)
+    passed = base64.urlsafe_b64encode(json.dumps(settings).encode()).decode()
+    trial = replace(by_hand, zero=ZeroConfig(bucket_elements=500), launch=replace(by_hand.launch, deepspeed_config=passed))
+    assert is_trial(trial)
+    owned = deepspeed_config(trial_config(trial, 2), 2)
+    assert owned["train_micro_batch_size_per_gpu"] == 4 and owned["train_batch_size"] == 4 * 3 * 2
+    assert owned["zero_optimization"]["stage"] == 1 and owned["zero_optimization"]["reduce_bucket_size"] == 7
+    assert owned["autotuning"] == settings["autotuning"] and trial_config(trial, 2).train.max_steps > 3 + 1
+
+
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', "[1, 2]", '{"a": '])
 def test_a_file_that_cannot_be_used_is_named(tmp_path, text):
     (tmp_path / "ds.json").write_text(text)
@@ -140,7 +157,7 @@ def test_a_file_that_is_not_there_is_named():
         (["--config", "a.yaml", "seed=1"], ["seed=1"], ""),
         (["--deepspeed", "--deepspeed_config", "ds.json", "--config", "a.yaml", "seed=1"], ["seed=1"], "ds.json"),
         (["--config", "a.yaml", "seed=1", "--deepspeed", "ds.json"], ["seed=1"], "ds.json"),
-        (["--local-rank=1", "seed=1", "--deepspeed", "name=x", "--deepspeed_config", "ds.json"], ["name=x", "seed=1"], "ds.json"),
+        (["--local-rank=1", "a=1", "--deepspeed", "b=2", "--deepspeed_config", "ds.json"], ["b=2", "a=1"], "ds.json"),
         (["--local_rank", "1", "--deepspeed_config", "ds.json", "seed=1"], ["seed=1"], "ds.json"),
     ],
 )

@@ -77,7 +77,8 @@ def test_of_a_sampled_softmax_a_dry_step_counts_the_worst():
 
 
 def test_a_dry_micro_batch_is_as_full_as_a_real_one(make_world):
-    world = make_world([list(range(1, 10))] * 40, response_drop=1.0, instruction="Next:")  # all alike, so that both are laid out the same
+    # Users who are all alike, so that both are laid out the same.
+    world = make_world([list(range(1, 10))] * 40, response_drop=1.0, instruction="Next:")
     world.config.train.row_tokens, world.config.train.micro_batch_rows = 96, 3
     plan = world.rows.plan(0)
     real = world.rows.build(plan, np.arange(3), 3)
@@ -127,7 +128,8 @@ def test_frozen_weights_have_neither_gradients_nor_moments(tmp_path):
     adapted = replace(config, backbone=replace(config.backbone, path=str(tmp_path), lora=LoraConfig(rank=2)))
     trainable, frozen = count_parameters(build_empty_model(adapted, SIZES))["backbone"]
     assert frozen == count_parameters(build_empty_model(config, SIZES))["backbone"][0] and trainable < frozen / 10
-    moments = [estimate_memory(one, SIZES, ranks=2, stages=[0], on_gpu=True)[0].parts["optimizer (two moments)"] for one in (config, adapted)]
+    both = [estimate_memory(one, SIZES, ranks=2, stages=[0], on_gpu=True)[0] for one in (config, adapted)]
+    moments = [one.parts["optimizer (two moments)"] for one in both]
     assert moments[0] - moments[1] == 2 * 4 * (frozen - trainable)
 
 
