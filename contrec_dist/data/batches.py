@@ -94,7 +94,8 @@ class TrainingRows:
             tokens = self.reader.read(user)
             items.append(tokens.items[start:stop])
             latents.append(tokens.latents[start:stop])
-        responses = [self._response(term, brand) for term, brand in zip(plan.term[samples].tolist(), plan.brand[samples].tolist())]
+        leanings = zip(plan.term[samples].tolist(), plan.brand[samples].tolist())
+        responses = [self._response(term, brand) for term, brand in leanings]
         if self.user_latents is not None:
             user_latents = self.user_latents[users].astype(np.float32)
         else:
@@ -110,7 +111,8 @@ class TrainingRows:
     def _response(self, term: int, brand: int) -> np.ndarray:
         """Token numbers of a sample's response, empty where it is dropped; one array a pair, kept."""
         if (term, brand) not in self._responses:
-            self._responses[term, brand] = self.texts.response_tokens(term, brand) if term >= 0 else np.zeros(0, np.int64)
+            response = self.texts.response_tokens(term, brand) if term >= 0 else np.zeros(0, np.int64)
+            self._responses[term, brand] = response
         return self._responses[term, brand]
 
     def _draw_responses(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -189,42 +191,49 @@ def _newest(items: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int
 
 
 def _join(
-    contents: SampleContents, row_of_sample: np.ndarray, texts: PromptTexts, num_rows: int, row_tokens: int, num_user_tokens: int
+    contents: SampleContents, row_of_sample: np.ndarray, texts: PromptTexts, num_rows: int, row_tokens: int,
+    num_user_tokens: int,
 ) -> PackedBatch:
     """Lay the samples out side by side in their rows; every sample as prompts.lay_out places it."""
-    num_samples, num_item_tokens = len(row_of_sample), contents.latents.shape[1]
-    sample = np.repeat(np.arange(num_samples), contents.num_items)  # of each item
-    place = _count_up(contents.num_items)
+    num_item_tokens = contents.latents.shape[1]
+    sample, place = np.repeat(np.arange(len(row_of_sample)), contents.num_items), _count_up(contents.num_items)
     is_input, is_target = place < contents.num_items[sample] - 1, place > 0
     inputs, owner = contents.items[is_input], sample[is_input]
     title_lengths = _title_lengths(texts, inputs, place[is_input], contents.num_items[owner] - 1)
     sizes = 1 + num_item_tokens + title_lengths
     head = len(texts.instruction) + num_user_tokens
     response_lengths = np.diff(contents.responses.offsets)
-    lengths = head + np.bincount(owner, sizes, minlength=num_samples).astype(np.int64) + response_lengths + 1
+    lengths = head + np.bincount(owner, sizes, minlength=len(row_of_sample)).astype(np.int64) + response_lengths + 1
     bases = row_of_sample * row_tokens + _sum_before(lengths, row_of_sample)  # first position of each sample
     starts = bases[owner] + head + _sum_before(sizes, owner)  # of each input's marker
     ends = bases + lengths  # past the final marker
-    response = np.repeat(ends - 1 - response_lengths, response_lengths) + _count_up(response_lengths)
-    titles = np.repeat(starts + 1 + num_item_tokens, title_lengths) + _count_up(title_lengths)
+    response = _spans(ends - 1 - response_lengths, response_lengths)
+    titles = texts.titles.flat[_spans(texts.titles.offsets[inputs], title_lengths)]
+    used = _spans(bases, lengths)
+    whole = {name: np.zeros(num_rows * row_tokens, dtype=np.int64) for name in ("tokens", "segments", "places")}
+    whole["tokens"][bases[:, None] + np.arange(len(texts.instruction))] = texts.instruction
+    whole["tokens"][_spans(starts + 1 + num_item_tokens, title_lengths)] = titles
+    whole["tokens"][response] = contents.responses.flat
+    whole["segments"][used] = np.repeat(_sum_before(np.ones_like(lengths), row_of_sample) + 1, lengths)
+    whole["places"][used] = _count_up(lengths)
     markers = np.empty(len(sample), dtype=np.int64)
     markers[is_input], markers[~is_input] = starts, ends - 1
-    used = np.repeat(bases, lengths) + _count_up(lengths)
-    flat = {name: np.zeros(num_rows * row_tokens, dtype=np.int64) for name in ("tokens", "segments", "places")}
-    flat["segments"][used] = np.repeat(_sum_before(np.ones_like(lengths), row_of_sample) + 1, lengths)
-    flat["places"][used] = _count_up(lengths)
-    flat["tokens"][bases[:, None] + np.arange(len(texts.instruction))] = texts.instruction
-    flat["tokens"][titles] = texts.titles.flat[np.repeat(texts.titles.offsets[inputs], title_lengths) + _count_up(title_lengths)]
-    flat["tokens"][response] = contents.responses.flat
+    user_slots = bases[:, None] + len(texts.instruction) + np.arange(num_user_tokens)
     parts = {
-        "slots": starts[:, None] + 1 + np.arange(num_item_tokens), "item_idx": inputs, "latents": contents.latents[is_input],
-        "markers": markers, "targets": markers[is_target], "target_idx": contents.items[is_target],
-        "target_latents": contents.latents[is_target], "text_positions": response - 1, "text_labels": contents.responses.flat,
-        "user_slots": (bases[:, None] + len(texts.instruction) + np.arange(num_user_tokens))[: len(contents.user_latents)],
+        "slots": starts[:, None] + 1 + np.arange(num_item_tokens),
+        "item_idx": inputs,
+        "latents": contents.latents[is_input],
+        "markers": markers,
+        "targets": markers[is_target],
+        "target_idx": contents.items[is_target],
+        "target_latents": contents.latents[is_target],
+        "text_positions": response - 1,
+        "text_labels": contents.responses.flat,
+        "user_slots": user_slots[: len(contents.user_latents)],
         "user_latents": contents.user_latents,
-    }  # fmt: skip
-    whole = {name: values.reshape(num_rows, row_tokens) for name, values in flat.items()}
-    return PackedBatch(**{name: torch.from_numpy(values) for name, values in {**whole, **parts}.items()})
+    }
+    parts |= {name: values.reshape(num_rows, row_tokens) for name, values in whole.items()}
+    return PackedBatch(**{name: torch.from_numpy(values) for name, values in parts.items()})
 
 
 def _title_lengths(texts: PromptTexts, inputs: np.ndarray, place: np.ndarray, num_inputs: np.ndarray) -> np.ndarray:
@@ -232,6 +241,11 @@ def _title_lengths(texts: PromptTexts, inputs: np.ndarray, place: np.ndarray, nu
     lengths = texts.titles.lengths(inputs)
     titled = texts.config.titled_items
     return lengths if titled < 0 else np.where(place >= num_inputs - titled, lengths, 0)
+
+
+def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, .., start + length - 1 for each pair, end to end."""
+    return np.repeat(starts, lengths) + _count_up(lengths)
 
 
 def _count_up(lengths: np.ndarray) -> np.ndarray:

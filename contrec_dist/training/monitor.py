@@ -1,6 +1,7 @@
 """What people watch while training runs, behind a few calls of the loop: throughput, trackers, probe, profiler.
 
-Nothing here changes what is trained. Files: see step_lines.py, trackers.py and profiler.py. All ranks call every method together.
+Nothing here changes what is trained. Files: see step_lines.py, trackers.py and profiler.py. All ranks call every method
+together.
 """
 
 import math
@@ -72,12 +73,13 @@ class TrainingMonitor:
             figures = self.meter.measure(batches)
             self.latest |= figures
             if self.first_rank:
-                append_line(self.folder / THROUGHPUT_NAME, {"step": step, **figures, "num_ranks": dist.get_world_size()})
+                line = {"step": step, **figures, "num_ranks": dist.get_world_size()}
+                append_line(self.folder / THROUGHPUT_NAME, line)
             self.track(step, {f"loss/{name}": value for name, value in losses.items()})
             self.track(step, {f"throughput/{name}": value for name, value in figures.items()})
 
     def probe_if_due(self, step: int, is_asked_to_stop: Callable[[], bool], *, at_end: bool = False) -> None:
-        """Probe where the config says so, at the end of training, and when the start of this step's probe was the end."""
+        """Probe where the config says so and at the end of training, unless this step has its probe already."""
         every = self.config.monitor.probe_every_steps
         if self.probe is None or self.probed_step == step or step == 0 or not (at_end or step % every == 0):
             return
@@ -107,7 +109,8 @@ class TrainingMonitor:
         """The newest figures, for the log's progress line."""
         parts = [f"loss {self.latest['loss']:.4g}"] if "loss" in self.latest else []
         if "tokens_per_second" in self.latest:
-            parts += [f"{self.latest['tokens_per_second']:,.0f} tokens/s", f"data wait {self.latest['data_wait_share']:.1%}"]
+            parts.append(f"{self.latest['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"data wait {self.latest['data_wait_share']:.1%}")
         return ", ".join(parts)
 
     def close(self) -> None:

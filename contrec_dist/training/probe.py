@@ -1,14 +1,15 @@
 """The validation probe: HR and NDCG of a fixed set of validation users while training runs, by query and by sampler.
 
-Users    spread evenly over all that have a validation item; seen items masked, no reasoning text, the whole catalogue ranked
-Model    as it would be exported now: the head's moving average, dropout off. Ranked by the code that scores (Retriever).
+Users    spread evenly over all that have a validation item; seen items masked, no reasoning text, the whole catalogue
+         ranked
+Model    as it would be exported now: the head's moving average, dropout off. Ranked by the code that scores.
 Promise  Training is the same with and without it: nothing of its weights, averages, modes and random states is touched.
-         The users are cut into chunks that do not depend on the number of ranks, and so do the figures.
-Cost     One forward pass a chunk; every rank computes the item vectors, N x (Q + 1) float32, and ranks its own chunks by
-         exact search, 2 x users x N x (Q + samples x K x Z) FLOPs shared among the ranks.
+         The users are cut into chunks whatever the number of ranks, so the figures do not depend on it either.
+Cost     One forward pass a chunk; every rank computes the item vectors, N x (Q + 1) float32, and ranks its own chunks
+         by exact search, 2 x users x N x (Q + samples x K x Z) FLOPs shared among the ranks.
 
-The LLM and the item table may be partitioned (ZeRO-3), so running them is a collective: every rank makes the same number of
-forward passes. The head's average lies whole on every rank, so what follows the forward pass needs nobody else.
+The LLM and the item table may be partitioned (ZeRO-3), so running them is a collective: every rank makes the same number
+of forward passes. The head's average lies whole on every rank, so what follows the forward pass needs nobody else.
 """
 
 from contextlib import contextmanager
@@ -67,9 +68,8 @@ class ValidationProbe:
         view = ProbeModel(self.head, model.autocast)
         self.views = UserViews(config, view, reader, latents, user_latents, everybody)
         users = everybody.with_target("validation")
-        count = min(config.monitor.probe_users, len(users))
-        self.chunks = self._cut(everybody, users[np.linspace(0, len(users) - 1, count).astype(np.int64)] if count else users)
-        self.num_users = count
+        self.num_users = min(config.monitor.probe_users, len(users))
+        self.chunks = self._cut(everybody, users[np.linspace(0, len(users) - 1, self.num_users).astype(np.int64)])
 
     def measure(self, is_asked_to_stop: Callable[[], bool]) -> dict[str, float] | None:
         """{"num_users", "query_hr@10", "query_ndcg@10", "sampler_hr@10", "sampler_ndcg@10"} on every rank.
@@ -83,7 +83,7 @@ class ValidationProbe:
             for first in range(0, len(self.chunks), world_size):
                 if is_asked_to_stop():
                     return None
-                number = min(first + rank, len(self.chunks) - 1)  # a rank without a chunk reads the last one with the others
+                number = min(first + rank, len(self.chunks) - 1)  # a rank without a chunk reads the last one too
                 chunk = self.chunks[number]
                 condition = self.views.read_users(chunk, reasoning=False).condition
                 if number == first + rank:
@@ -105,7 +105,8 @@ class ValidationProbe:
         k, figures = self.config.monitor.probe_k, {"num_users": self.num_users}
         for rule, name in RULES.items():
             places = np.concatenate([by_chunk[number][rule] for number in sorted(by_chunk)])
-            figures |= {f"{name}_hr@{k}": float(hits_at(places, k).mean()), f"{name}_ndcg@{k}": float(gains_at(places, k).mean())}
+            figures[f"{name}_hr@{k}"] = float(hits_at(places, k).mean())
+            figures[f"{name}_ndcg@{k}"] = float(gains_at(places, k).mean())
         return figures
 
     def _open_retrievers(self) -> dict[str, Retriever]:
@@ -118,8 +119,9 @@ class ValidationProbe:
         }
         k = self.config.monitor.probe_k
         score = replace(self.config.score, k=k, num_candidates=max(k, self.config.score.num_candidates))
+        latents, no_prior = self.views.item_latents, np.zeros(0)
         return {
-            rule: Retriever(replace(score, rank_by=rule), self.config.seed, search, self.views.item_latents, np.zeros(0))
+            rule: Retriever(replace(score, rank_by=rule), self.config.seed, search, latents, no_prior)
             for rule, search in searches.items()
         }
 

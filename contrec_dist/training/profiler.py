@@ -1,6 +1,7 @@
 """The profiler window: what a few optimizer steps spend their time on.
 
-Writes   run_dir/profile/rank-<r>.json.gz, a Chrome trace a rank (chrome://tracing, Perfetto); rank 0 logs the top operators.
+Writes   run_dir/profile/rank-<r>.json.gz, a Chrome trace a rank (chrome://tracing, Perfetto); rank 0 logs the top
+         operators
 Cost     Only inside the window and one warm-up step before it; steps there are slower, their results the same.
 """
 
@@ -25,12 +26,12 @@ class ProfilerWindow:
         self.profiler: profile | None = None
 
     def before_step(self, step: int) -> None:
-        """Called in front of optimizer step `step`, counted from 1. A resumed run that missed the start records nothing."""
+        """In front of optimizer step `step`, counted from 1. A resumed run that missed the start records nothing."""
         warm_up = max(1, self.first - 1)
         if self.count and step == warm_up and self.profiler is None:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
             plan = schedule(wait=0, warmup=self.first - warm_up, active=self.count, repeat=1)
-            self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write, profile_memory=False)
+            self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
             self.profiler.start()
 
     def after_step(self) -> None:

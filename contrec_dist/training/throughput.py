@@ -1,8 +1,8 @@
 """How fast training goes: tokens and targets a second, share of the time that waits for data, MFU, peak memory.
 
 Units    tokens are positions that hold something, targets are supervised items; both over all ranks
-         MFU: FLOPs that the model's formula needs (benchmarks/flops.py) over what this machine's matrix products reach, measured
-         on all ranks at once when training starts
+         MFU: FLOPs that the model's formula needs (benchmarks/flops.py) over what this machine's matrix products reach,
+         measured on all ranks at once when training starts
 Cost     A fifth of a second at the start; two small collectives and the count of one step's FLOPs a line of figures.
 """
 
@@ -66,10 +66,11 @@ class ThroughputMeter:
         self.num_targets += num_targets
 
     def measure(self, micro_batches: list[PackedBatch]) -> dict[str, float]:
-        """Figures of the steps since the last call; FLOPs are those of `micro_batches`, this rank's part of the newest step."""
+        """Figures of the steps since the last call; FLOPs are those of `micro_batches`, this rank's newest step."""
         now = time.perf_counter()
         seconds = max(now - self.window_start - self.pause_seconds, 1e-9)
-        flops = sum(sum(training_flops(self.model, BatchCounts.of(self.model, batch)).values()) for batch in micro_batches)
+        counts = [BatchCounts.of(self.model, batch) for batch in micro_batches]
+        flops = sum(sum(training_flops(self.model, one).values()) for one in counts)
         flops_per_second = self._sum_over_ranks(flops) * self.num_steps / seconds
         wait_seconds, peak_memory = self._largest_over_ranks(self.wait_seconds, peak_memory_bytes(self.device))
         figures = {

@@ -19,7 +19,8 @@ def check_trackers(monitor: MonitorConfig) -> None:
     """Errors   ConfigError naming the package of a tracker that is asked for and not installed"""
     for name in monitor.trackers:
         if find_spec(PACKAGES[name]) is None:
-            raise ConfigError("monitor.trackers", f"'{name}'", f"package {PACKAGES[name]} installed (pip install {PACKAGES[name]})")
+            package = PACKAGES[name]
+            raise ConfigError("monitor.trackers", f"'{name}'", f"package {package} installed (pip install {package})")
 
 
 def open_trackers(config: Config, run_id: str, first_step: int) -> list:
@@ -54,8 +55,8 @@ class WandbTracker:
         import wandb
 
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), name=config.name, id=run_id, resume="allow", dir=config.run_dir,
-            config=dataclasses.asdict(config),
+            project=os.environ.get("WANDB_PROJECT", PROJECT), name=config.name, id=run_id, resume="allow",
+            dir=config.run_dir, config=dataclasses.asdict(config),
         )  # fmt: skip
 
     def log(self, step: int, values: dict[str, float]) -> None:
