@@ -261,7 +261,7 @@ class HeadConfig:
 
     kind: Literal["denoiser", "bayes"] = "denoiser"
     "'denoiser' learns to remove noise (the paper's head); 'bayes' computes it in closed form from the ranking and the latents"
-    width: int = 256
+    width: int = 128
     "width of the denoiser"
     num_blocks: int = 2
     "adaLN blocks"
@@ -273,7 +273,7 @@ class HeadConfig:
     "what the denoiser's output stands for"
     batch_mul: int = 4
     "noise draws a condition"
-    max_targets: int = 512
+    max_targets: int = 256
     "conditions of a micro-batch that the diffusion loss sees, drawn at random (0: all)"
     condition_drop: float = 0.1
     "probability that a condition is replaced by the learned null one"
