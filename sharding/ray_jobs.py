@@ -17,10 +17,11 @@ Stage    precompute and score. How to use it:
 
 Promise  A part is a fixed range of the input under a fixed name. The worker writes it under a temporary name, fsyncs,
          renames, and then records it with its sha256 in `<output_folder>/.parts/<name>.json`. A recorded part whose
-         files still have that sha256 is not made again, so a killed job continues where it was. Parts of a worker or node
-         that dies are made by others (ray_workers.py); an exception of the part's own code ends the job, naming it.
+         files still have that sha256 is not made again, so a killed job continues where it was. Parts of a worker or
+         node that dies are made by others (ray_workers.py); an exception of the part's own code ends the job, naming it.
          Every worker computes with one thread whatever it reserves, so that the bits depend on no setting of `ray`.
-Cost     Files are read once more for their sha256. Output folder and inputs must lie on a file system that all nodes share.
+Cost     Files are read once more for their sha256. Output folder and inputs must lie on a file system that all
+         nodes share.
 """
 
 import json
@@ -98,7 +99,8 @@ def _show_resources() -> str:
 def _check_one_fits(config: RayConfig, *, grows: bool) -> None:
     """A local cluster never grows: what no worker can get there is an error, not a wait for ever."""
     available = ray.cluster_resources()
-    for key, resource in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU"), ("memory_bytes_per_worker", "memory")):
+    resources = {"cpus_per_worker": "CPU", "gpus_per_worker": "GPU", "memory_bytes_per_worker": "memory"}
+    for key, resource in resources.items():
         asked, there = getattr(config, key), available.get(resource, 0.0)
         if asked > there and not grows:
             raise ConfigError(f"ray.{key}", asked, f"at most {there}, what this machine has")

@@ -1,10 +1,10 @@
 """Worker processes of a Ray job, and which of them makes which part.
 
 Stage    precompute and score, through sharding/ray_jobs.py.
-Promise  Up to `num_workers` workers are asked for and put to work as the cluster has room for them, none before `min_workers`
-         are up. A worker that dies, with its process or with its node, gives its parts back: the workers that are left
-         make them, and a replacement is asked for, which joins if there is room. So a job ends as long as one worker can
-         be placed. The part at work when a worker died is made again at most MAX_WORKER_DEATHS times.
+Promise  Up to `num_workers` workers are asked for and put to work as the cluster has room for them, none before
+         `min_workers` are up. A worker that dies, with its process or with its node, gives its parts back: the workers
+         that are left make them, and a replacement is asked for, which joins if there is room. So a job ends as long as
+         one worker can be placed. The part at work when a worker died is made again at most MAX_WORKER_DEATHS times.
 Cost     PARTS_IN_FLIGHT parts a worker are in flight. Workers with nothing left to do are let go before the job ends.
 """
 

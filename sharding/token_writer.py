@@ -6,7 +6,7 @@ Stage    precompute. One sample a user, members in this order, `key` = 12-digit 
              key.latents.npy   (H, K, Z) float16, the continuous tokens of those items
 Promise  The bytes are a function of the samples alone: USTAR, owner 0, time 0, names zero-padded.
 Cost     About 40 us of one core a sample; one sample in memory at a time. tarfile opens and ends the file and gives the
-         blank header, but makes a header in 20 us by itself, three times a sample: here a name and a size are filled in.
+         blank header, but takes 20 us for a header, three times a sample: here a name and a size are filled in.
 """
 
 import io

@@ -1,8 +1,8 @@
 """Stage precompute against a bare loop of torch and tarfile: rows/s a core, memory, and cost against size.
 
-A row is an item that is encoded or a user that is laid out; a size of n is n items and n users. Both sides run in processes
-of their own, in turns, and the median of the repeats counts. Two ratios, of rows/s a core: by wall clock (Ray's start and the
-manifest included), and by CPU time of all processes, which holds on a busy machine too.
+A row is an item that is encoded or a user that is laid out; a size of n is n items and n users. Both sides run in
+processes of their own, in turns, and the median of the repeats counts. Two ratios, of rows/s a core: by wall clock
+(Ray's start and the manifest included), and by CPU time of all processes, which holds on a busy machine too.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from contrec_dist.benchmarks.precompute_runs import BARE_FOLDER, make_config
-from contrec_dist.errors import ArtifactError
+from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.manifest import Manifest, hash_file
 from contrec_dist.progress import get_logger
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 COLUMNS = (
-    "rows", "seconds", "of them Ray's start", "rows/s", "rows/s a core", "bare loop, rows/s", "ratio", "ratio by CPU time",
-    "driver peak", "worker peak",
+    "rows", "seconds", "of them Ray's start", "rows/s", "rows/s a core", "bare loop, rows/s", "ratio",
+    "ratio by CPU time", "driver peak", "worker peak",
 )  # fmt: skip
 
 
@@ -36,26 +36,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes, repeats, workers and where to put things."""
     sizes = "items, and as many users, a measurement"
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help=sizes)
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side a size; the median counts")
+    repeats = "runs of each side, one number or one a size; the median counts"
+    parser.add_argument("--repeats", type=int, nargs="+", default=[3], help=repeats)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Ray workers, one core each")
     parser.add_argument("--plot", type=Path, help="PNG of cost against size")
-    parser.add_argument("--folder", type=Path, help="where the temporary runs lie (10 GB at a million); default: the system's")
+    parser.add_argument("--folder", type=Path, help="for the temporary runs, 10 GB at a million; default: the system's")
 
 
 def run(parsed: argparse.Namespace) -> dict:
     """Measure every size; print the table, write the plot. Returns the figures."""
     records = []
-    for size in sorted(parsed.sizes):
+    for size, repeats in sorted(pair_repeats(parsed.sizes, parsed.repeats)):
         with tempfile.TemporaryDirectory(prefix="precompute-", dir=parsed.folder) as folder:
-            records.append(measure_size(Path(folder), size, parsed.repeats, parsed.workers))
+            records.append(measure_size(Path(folder), size, repeats, parsed.workers))
     print_table(records)
-    figures = {"workers": parsed.workers, "repeats": parsed.repeats, "sizes": records}
+    figures = {"workers": parsed.workers, "sizes": records}
     if len(records) > 1:
         figures["growth_exponent"] = growth_exponent(records)
-        print(f"seconds without Ray's start grow as rows^{figures['growth_exponent']:.2f} between the two largest sizes")
+        grown = f"rows^{figures['growth_exponent']:.2f} between the two largest sizes"
+        print(f"seconds without Ray's start grow as {grown}")
     if parsed.plot:
         plot_cost(records, parsed.plot)
     return figures
+
+
+def pair_repeats(sizes: list[int], repeats: list[int]) -> list[tuple[int, int]]:
+    """Every size with its number of repeats. Errors   ConfigError when there are not as many as sizes"""
+    if len(repeats) not in (1, len(sizes)) or min(repeats) < 1:
+        raise ConfigError("--repeats", repeats, f"one number, or one for each of the {len(sizes)} sizes, at least 1")
+    return list(zip(sizes, repeats * len(sizes) if len(repeats) == 1 else repeats))
 
 
 def measure_size(folder: Path, size: int, repeats: int, num_workers: int) -> dict:
@@ -69,16 +78,23 @@ def measure_size(folder: Path, size: int, repeats: int, num_workers: int) -> dic
         for side in runs:
             shutil.rmtree(folder / BARE_FOLDER if side == "bare" else config.folder("tokens"), ignore_errors=True)
             runs[side].append(run_apart(side, folder, num_workers))
-            get_logger("benchmark").info("%d rows, %s, run %d: %.1f s", 2 * size, side, number + 1, runs[side][-1]["seconds"])
+            seconds = runs[side][-1]["seconds"]
+            get_logger("benchmark").info("%d rows, %s, run %d: %.1f s", 2 * size, side, number + 1, seconds)
         check_equal(config.folder("tokens"), folder / BARE_FOLDER)
-    bare, stage = ({name: statistics.median(one[name] for one in runs[side]) for name in runs[side][0]} for side in runs)
-    return summarise(2 * size, bare, stage, num_workers)
+    bare, stage = (take_medians(runs[side]) for side in ("bare", "stage"))
+    return {"repeats": repeats, **summarise(2 * size, bare, stage, num_workers)}
+
+
+def take_medians(runs: list[dict]) -> dict:
+    """The median of every figure."""
+    return {name: statistics.median(one[name] for one in runs) for name in runs[0]}
 
 
 def run_apart(side: str, folder: Path, num_workers: int) -> dict:
     """One run in a new process; its figures."""
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "POLARS_MAX_THREADS": "1"}
-    environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **threads, "PYTHONPATH": paths}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "contrec_dist.benchmarks.precompute_runs", side, str(folder), str(num_workers)]
     ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -109,11 +125,12 @@ def summarise(num_rows: int, bare: dict, stage: dict, num_workers: int) -> dict:
 
 def print_table(records: list[dict]) -> None:
     table = Table(*COLUMNS, title="precompute")
+    rates = ("rows_per_second", "rows_per_second_per_core", "bare_rows_per_second")
     for record in records:
         stage = record["stage"]
         table.add_row(
             f"{record['rows']:,}", f"{stage['seconds']:.1f}", f"{stage['ray_start_seconds']:.1f}",
-            *(f"{record[name]:,.0f}" for name in ("rows_per_second", "rows_per_second_per_core", "bare_rows_per_second")),
+            *(f"{record[name]:,.0f}" for name in rates),
             f"{record['ratio']:.2f}", f"{record['ratio_by_cpu_time']:.2f}",
             *(f"{stage[name] / MIB:.0f} MiB" for name in ("driver_peak_bytes", "worker_peak_bytes")),
         )  # fmt: skip

@@ -3,8 +3,9 @@
     python -m contrec_dist.benchmarks.precompute_runs stage RUN_DIR NUM_WORKERS      prints its figures as JSON
     python -m contrec_dist.benchmarks.precompute_runs bare RUN_DIR NUM_WORKERS       the same for the bare loop
 
-The bare loop does what must be done and nothing else: torch encodes the same batches, tarfile.addfile takes the same members,
-in one process and one thread; no Ray, no checks, no index, no sha256, no manifest. Its shards are byte for byte the stage's.
+The bare loop does what must be done and nothing else: torch encodes the same batches, tarfile.addfile takes the same
+members, in one process and one thread; no Ray, no checks, no index, no sha256, no manifest. Its shards are the stage's,
+byte for byte.
 """
 
 import io

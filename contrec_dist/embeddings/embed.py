@@ -7,8 +7,8 @@ other. An item without training interactions has a collaborative part of zeros, 
 
 Writes       items.npy, users.npy, user_known.npy, layout.json, standardisation.safetensors, text_encoder/
 Guarantees   validation and test interactions influence nothing that is written; the same inputs give the same bytes.
-Cost         see collaborative.py and textual.py. Memory: the item table as strings (200 bytes an item), the collaborative
-             tables, and CHUNK_ITEMS texts at a time; text vectors go through a file.
+Cost         see collaborative.py and textual.py. Memory: the item table as strings (200 bytes an item), the
+             collaborative tables, and CHUNK_ITEMS texts at a time; text vectors go through a file.
 """
 
 from dataclasses import dataclass
@@ -44,14 +44,15 @@ class Standardisation:
 
     @classmethod
     def fit(cls, rows: np.ndarray, known: np.ndarray | None = None) -> "Standardisation":
-        """Statistics of `rows` (n, dim), of those that `known` (n,) marks if given, by chunks; of no rows: the identity."""
+        """Statistics of the rows (n, dim) that `known` (n,) marks, of all without it; of none: the identity."""
         known = np.ones(len(rows), bool) if known is None else known
         count = int(known.sum())
         if count == 0 or rows.shape[1] == 0:
             return cls(mean=np.zeros(rows.shape[1], np.float32), scale=1.0)
 
         def average(transform: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-            return sum(transform(rows[part][known[part]]).sum(axis=0, dtype=np.float64) for part in _chunks(len(rows))) / count
+            chunks = (transform(rows[part][known[part]]) for part in _chunks(len(rows)))
+            return sum(chunk.sum(axis=0, dtype=np.float64) for chunk in chunks) / count
 
         mean = average(lambda chunk: chunk)
         variance = float(average(lambda chunk: (chunk - mean) ** 2).mean())
@@ -135,7 +136,11 @@ def _chunks(num_rows: int) -> list[slice]:
 
 
 def _join_parts(
-    collaborative: np.ndarray, text: np.ndarray, known: np.ndarray, collaborative_of: Standardisation, text_of: Standardisation
+    collaborative: np.ndarray,
+    text: np.ndarray,
+    known: np.ndarray,
+    collaborative_of: Standardisation,
+    text_of: Standardisation,
 ) -> Iterator[np.ndarray]:
     """Chunks of the item table: both parts standardised, side by side. Shapes   yields (n, E) float32"""
     for part in _chunks(len(known)):
@@ -180,12 +185,14 @@ class ItemTexts(Sequence):
 
 
 def _embed_text(items: pl.DataFrame, config: Config, work_dir: Path) -> np.ndarray:
-    """Text embeddings of the catalogue, on the disk; the encoder is saved. Shapes   -> (N, text width) float32, mapped"""
+    """Text embeddings of the catalogue, mapped from a file; the encoder is saved. Shapes   -> (N, width) float32"""
     texts = ItemTexts(items)
     encoder = TextEncoder.fit(texts, config.embed, config.seed)
     encoder.save(work_dir / ENCODER_FOLDER)
     parts = _chunks(len(texts))
-    tracked = track(parts, stage="embed", unit=f"chunks of {CHUNK_ITEMS} texts", total=len(parts)) if len(parts) > 1 else parts
+    tracked = parts
+    if len(parts) > 1:
+        tracked = track(parts, stage="embed", unit=f"chunks of {CHUNK_ITEMS} texts", total=len(parts))
     _write_rows(work_dir / RAW_TEXT_NAME, (len(texts), encoder.dim), (encoder.encode(texts[part]) for part in tracked))
     return np.load(work_dir / RAW_TEXT_NAME, mmap_mode="r")
 

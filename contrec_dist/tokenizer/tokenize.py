@@ -1,7 +1,7 @@
 """Stage tokenize: embeddings -> tokenizer/.
 
-Trains the items' sigma-VAE, and where users have embeddings a smaller run of the same for users, on the rows that
-have training interactions (MAX_FIT_ROWS of them, drawn by the seed, where there are more); measures what the items' kept.
+Trains the items' sigma-VAE, and where users have embeddings a smaller run of the same for users, on the rows that have
+training interactions (where there are more, MAX_FIT_ROWS drawn by the seed); measures what the items' kept (probes.py).
 
 Writes       item_tokenizer.{safetensors,json}, user_tokenizer.* when users have embeddings, probes.json, losses.json
 Guarantees   the probes are measured on the tokenizer as it was read back from the files that precompute will load.
@@ -54,7 +54,8 @@ def _build(config: Config, work_dir: Path) -> dict:
 def _read_training_rows(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of the items and of the users that have training interactions. Shapes   (n, E), (u, E_u) float32"""
     folder = config.folder("embeddings")
-    items, users, user_known = (np.load(folder / name, mmap_mode="r") for name in ("items.npy", "users.npy", "user_known.npy"))
+    names = ("items.npy", "users.npy", "user_known.npy")
+    items, users, user_known = (np.load(folder / name, mmap_mode="r") for name in names)
     num_train = load_items(config.folder("catalog"))["num_train"].to_numpy()
     if len(num_train) != len(items):
         raise ArtifactError(folder / "items.npy", f"{len(items)} rows", f"the catalogue's {len(num_train)}")

@@ -6,7 +6,7 @@ import pytest
 
 from contrec_dist.benchmarks import precompute, precompute_runs
 from contrec_dist.benchmarks.precompute_inputs import make_inputs
-from contrec_dist.errors import ArtifactError
+from contrec_dist.errors import ArtifactError, ConfigError
 
 MIB = 2**20
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -28,8 +28,8 @@ def figures(tmp_path, monkeypatch, in_this_process, capsys):
     parser = argparse.ArgumentParser()
     precompute.add_arguments(parser)
     plot = tmp_path / "plots" / "cost.png"
-    arguments = ["--sizes", "200", "100", "--repeats", "1", "--workers", "1", "--plot", str(plot), "--folder", str(tmp_path)]
-    figures = precompute.run(parser.parse_args(arguments))
+    asked = f"--sizes 200 100 --repeats 1 --workers 1 --plot {plot} --folder {tmp_path}"
+    figures = precompute.run(parser.parse_args(asked.split()))
     assert plot.stat().st_size > 10_000 and "400" in capsys.readouterr().out
     return figures
 
@@ -55,3 +55,10 @@ def test_a_loop_that_wrote_other_bytes_is_refused(tmp_path, in_this_process):
         file.write(b"x")
     with pytest.raises(ArtifactError, match="000000.tar"):
         precompute.check_equal(config.folder("tokens"), tmp_path / "bare")
+
+
+def test_repeats_are_one_number_or_one_a_size():
+    assert precompute.pair_repeats([10, 100], [3]) == [(10, 3), (100, 3)]
+    assert precompute.pair_repeats([10, 100], [3, 1]) == [(10, 3), (100, 1)]
+    with pytest.raises(ConfigError, match="--repeats"):
+        precompute.pair_repeats([10, 100, 1000], [3, 1])

@@ -30,7 +30,8 @@ def histories(law) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return generate.write_catalogue(SMALL, tmp_path_factory.mktemp("generated") / "catalogue", users_per_file=128).parent
+    folder = tmp_path_factory.mktemp("generated") / "catalogue"
+    return generate.write_catalogue(SMALL, folder, users_per_file=128).parent
 
 
 def read_interactions(folder) -> pl.DataFrame:
@@ -102,12 +103,13 @@ def test_lengths_have_a_long_tail_and_the_mean_that_was_asked_for(histories):
 
 
 def test_first_items_are_drawn_by_popularity(law):
-    """Shares of ranges of ranks, against the law's own integrals: ln(high / low) at exponent 1, summed over families."""
+    """Shares of ranges of ranks, against the integrals ln(high / low) of exponent 1, summed over families."""
     lengths, items = law.draw_histories(0, 10_000)
     _, rank = law.place_items(items[np.cumsum(lengths) - lengths])
     low = (np.arange(law.num_families) + 1) / law.num_families
     edges = np.array([0, 1, 4, 16, 65])
-    stops = np.minimum(edges[None, :], -((np.arange(law.num_families) - 5000) // law.num_families)[:, None])  # (F, edges)
+    sizes = -((np.arange(law.num_families) - 5000) // law.num_families)
+    stops = np.minimum(edges[None, :], sizes[:, None])  # (F, edges)
     mass = np.diff(np.log(low[:, None] + stops), axis=1).sum(axis=0)
     np.testing.assert_allclose(np.histogram(rank, edges)[0] / len(rank), mass / mass.sum(), atol=0.015)
 

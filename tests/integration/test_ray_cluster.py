@@ -1,4 +1,4 @@
-"""The Ray stages as people run them, on a cluster of two nodes: submitted as a job, and with each of its parts killed."""
+"""The Ray stages as people run them, on a cluster of two nodes: submitted as a job, and with each part of it killed."""
 
 import signal
 import sys
@@ -49,7 +49,7 @@ sys.exit(main(["precompute", "--config", sys.argv[3]]))
 class TwoNodes:
     """A head and a further node of one CPU each, in processes of their own, with the job server.
 
-    Every node's agent gets a port of its own: with Ray's default, only one node of a machine has an agent that takes jobs.
+    Every node's agent gets a port of its own: with Ray's default, one node of a machine has an agent that takes jobs.
     """
 
     def __init__(self):

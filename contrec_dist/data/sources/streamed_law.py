@@ -3,14 +3,14 @@
 Everything is a pure function of (settings, seed, number of the item or user), drawn from counters by splitmix64, so any
 range of users or items can be made alone, and the rows do not depend on the ranges in which they are made.
 
-Items form families (category, product line, adjective): every F-th item in the order of popularity is of one family, and
-popularity falls as rank^-exponent past the first F ranks, more slowly before (Zipf-Mandelbrot: no item is in every history).
-A user's first item is drawn by popularity; its category is the user's home. Every next one is drawn from
+Items form families (category, product line, adjective): every F-th item in the order of popularity is of one family.
+Popularity falls as rank^-exponent past the first F ranks, more slowly before (Zipf-Mandelbrot: no item is in every
+history). A user's first item is drawn by popularity; its category is the user's home. Every next one is drawn from
 
     stickiness * successors(last item) + (1 - stickiness) * (0.6 popularity in the home category + 0.4 popularity)
 
-and drawn again while the user has it. An item has 20 successors of Zipf weights: the even places are shared by its family,
-the odd ones its own; two thirds lie in its product line, the others in a companion category.
+and drawn again while the user has it. An item has 20 successors of Zipf weights: the even places are shared by its
+family, the odd ones its own; two thirds lie in its product line, the others in a companion category.
 
 Cost     About 4 microseconds an interaction on one core; memory for CHUNK_USERS histories of max_history items.
 Source   splitmix64: Steele, Lea, Flood, Fast splittable pseudorandom number generators, OOPSLA 2014
@@ -175,7 +175,7 @@ class StreamedLaw:
         return items
 
     def _draw_in_family(self, family: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """An item of the family by popularity: rank r inside it has the integral of x^-exponent from r + low to r + 1 + low."""
+        """An item of the family by popularity: rank r has the integral of x^-exponent from low + r to low + r + 1."""
         low, high = self._family_low[family], self._family_high[family]
         depth = invert_power(uniform, low, high, self.settings.popularity_exponent) - low
         rank = np.clip(depth.astype(np.int64), 0, self._family_sizes[family] - 1)

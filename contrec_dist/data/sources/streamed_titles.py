@@ -19,15 +19,15 @@ DEPARTMENTS = {
     "Beauty & Baby": ("Skin Care", "Baby"),
     "Arts & Hobbies": ("Board Games", "Guitar", "Painting", "Woodworking", "Knitting"),
 }
-SERIES = ("Pro", "Classic", "Essential", "Plus", "Studio", "Prime", "Heritage", "Active", "Nova", "Core", "Edge", "Lite")
+SERIES = ("Pro", "Classic", "Essential", "Plus", "Studio", "Prime", "Heritage", "Active", "Nova", "Core", "Edge")
 COLOURS = (
     "Black", "White", "Navy", "Forest Green", "Crimson", "Slate", "Sand", "Teal", "Copper", "Ivory", "Graphite", "Rust",
     "Sky Blue", "Olive", "Plum", "Mustard",
 )  # fmt: skip
 SIZES = ("Small", "Medium", "Large", "X-Large", "Set of 2", "Pack of 4", "Pack of 12", "Travel Size", "Compact", "XXL")
-MATERIALS = ("aluminium", "stainless steel", "recycled plastic", "bamboo", "cotton", "oak", "silicone", "ceramic", "nylon")
+MATERIALS = ("aluminium", "stainless steel", "recycled plastic", "bamboo", "cotton", "oak", "silicone", "ceramic")
 USES = ("for beginners", "for everyday use", "for professionals", "for the weekend", "as a gift", "for small spaces")
-CARES = ("Easy to clean.", "Two-year warranty.", "Made to last.", "Ships flat.", "Tested by hand.", "Spare parts available.")
+CARES = ("Easy to clean.", "Two-year warranty.", "Made to last.", "Ships flat.", "Tested by hand.", "Repairable.")
 BRANDS_A_CATEGORY = 24
 TEXT_RATIO = 0.8
 

@@ -40,12 +40,14 @@ def read(config: Config) -> RawLogs:
     files = _named_files(config)
     if ITEMS_KEY in files:
         columns[ITEMS_KEY] = item_columns(config.source)
-    tables = {key: _join_tables([read_table(path, columns[key], key) for path in files[key].values()]) for key in columns}
+    tables = {}
+    for key, named in columns.items():
+        tables[key] = _join_tables([read_table(path, named, key) for path in files[key].values()])
     return RawLogs(interactions=tables[INTERACTIONS_KEY], items=tables.get(ITEMS_KEY))
 
 
 def _named_files(config: Config) -> dict[str, dict[str, Path]]:
-    """{config key: {label: path}} of the file that the key names, or of the Parquet files in the folder that it names."""
+    """{config key: {label: path}} of the file that the key names, or of the Parquet files in that folder."""
     source, files = config.source, {}
     for key, name in ((INTERACTIONS_KEY, source.interactions_file), (ITEMS_KEY, source.items_file)):
         folder = Path(source.path) / name
