@@ -385,6 +385,8 @@ class IndexConfig:
     "actors of search=ray; 0: one a machine, and no more than shards"
     max_tombstone_ratio: float = field(default=0.2, metadata=NO_IDENTITY)
     "share of removed rows above which `contrec index compact` writes a segment again without them"
+    kept_versions: int = field(default=4, metadata=NO_IDENTITY)
+    "newest versions of the living index whose files are kept, for jobs that began with them; at least 2"
 
 
 @dataclass(kw_only=True, slots=True)

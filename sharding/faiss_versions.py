@@ -9,7 +9,7 @@
 Version 0 is the folder that stage `index` wrote; its segment is called "base" and is never touched. Files of a version carry
 its number and are complete before CURRENT names it, so a reader finds the old version or the new one, whole; one that opened a
 version goes on with it. A process killed before the switch leaves files that no version names and that the next change with
-that number removes. Files that neither of the last two versions names are removed after the switch.
+that number removes. Files that none of the last `kept_versions` names are removed after the switch.
 
 One writer at a time: the caller holds a lock.
 """
@@ -28,7 +28,6 @@ from sharding.faiss_files import NO_IDS, ShardFile, list_shards, read_layout
 
 CURRENT_NAME, BASE = "CURRENT", "base"
 FORMAT = 1
-KEPT_VERSIONS = 2
 OPEN_ATTEMPTS = 20
 Opened = TypeVar("Opened")
 
@@ -87,8 +86,8 @@ class IndexVersion:
 class VersionStore:
     """The versions beside one stage folder."""
 
-    def __init__(self, folder: Path, base_folder: Path, base_hash: str, num_base_items: int):
-        self.folder, self.base_folder = Path(folder), Path(base_folder)
+    def __init__(self, folder: Path, base_folder: Path, base_hash: str, num_base_items: int, kept_versions: int):
+        self.folder, self.base_folder, self.kept_versions = Path(folder), Path(base_folder), max(2, kept_versions)
         self.version_0 = IndexVersion(0, base_hash, (Segment(BASE, num_base_items, base_hash),), num_base_items)
 
     def current(self) -> IndexVersion:
@@ -99,14 +98,20 @@ class VersionStore:
                 return self.version_0
             named = json.loads(pointer.read_text())
             try:
-                version = self._read(named["version"])
-            except FileNotFoundError:  # two changes ago by now
+                return self._check_base(self._read(named["version"]))
+            except FileNotFoundError:  # several changes ago by now
                 continue
-            if version.base_hash != self.version_0.base_hash:
-                got = f"changes to index {version.base_hash[:16]}"
-                raise ForeignVersion(self.folder, got, f"changes to index {self.version_0.base_hash[:16]}, which is there now")
-            return version
         raise ArtifactError(self.folder / CURRENT_NAME, "a version without its file", "a complete version")
+
+    def version(self, number: int) -> IndexVersion:
+        """A version that is still kept. Raises ArtifactError where it is not, ForeignVersion as `current` does."""
+        if number == 0:
+            return self.version_0
+        try:
+            return self._check_base(self._read(number))
+        except FileNotFoundError:
+            path = self._version_path(number)
+            raise ArtifactError(path, "a version that is gone", "one of the newest; see index.kept_versions") from None
 
     def open_current(self, open_version: Callable[[IndexVersion], Opened]) -> Opened:
         """`open_version(current())`; once more where its files were replaced by two newer versions meanwhile."""
@@ -167,18 +172,24 @@ class VersionStore:
         segments = tuple(Segment(**one) for one in record.pop("segments"))
         return IndexVersion(segments=segments, changes=tuple(record.pop("changes")), **record)
 
+    def _check_base(self, version: IndexVersion) -> IndexVersion:
+        if version.base_hash != self.version_0.base_hash:
+            got, expected = f"changes to index {version.base_hash[:16]}", f"index {self.version_0.base_hash[:16]}, which is there now"
+            raise ForeignVersion(self.folder, got, f"changes to {expected}")
+        return version
+
     def _version_path(self, number: int) -> Path:
         return self.folder / "versions" / f"{number:06d}.json"
 
     def _prune(self, newest: IndexVersion) -> None:
         """Remove what the last versions do not name; the log of changes stays."""
         paths = sorted((self.folder / "versions").glob("[0-9]*.json"))
-        kept = [self._read(int(path.stem)) for path in paths if int(path.stem) > newest.number - KEPT_VERSIONS]
+        kept = [self._read(int(path.stem)) for path in paths if int(path.stem) > newest.number - self.kept_versions]
         segments = {segment.name for version in kept for segment in version.segments}
         files = {segment.removed_file for version in kept for segment in version.segments}
         files |= {version.items_file for version in kept}
         for path in paths:
-            if int(path.stem) <= newest.number - KEPT_VERSIONS:
+            if int(path.stem) <= newest.number - self.kept_versions:
                 path.unlink()
         for path in (self.folder / "segments").iterdir():
             if path.name not in segments:

@@ -81,34 +81,49 @@ def open_store(config: Config) -> VersionStore:
     """The versions beside the run's index folder. Raises ArtifactError where stage `index` is not complete."""
     manifest = Manifest.load(config.folder("index"))
     facts = next(manifest.facts[space] for space in manifest.config["index"]["spaces"])
-    return VersionStore(config.folder(LIVE_FOLDER), config.folder("index"), manifest.content_hash, facts["num_items"])
+    folder, kept = config.folder(LIVE_FOLDER), config.index.kept_versions
+    return VersionStore(folder, config.folder("index"), manifest.content_hash, facts["num_items"], kept)
 
 
-def open_current(config: Config, spaces: Sequence[str] | None = None) -> CurrentIndex:
-    """Open the newest version in some spaces (all of the index, when None). index.search says by what: this process, or Ray actors
-    of the session that is running.
+def open_current(config: Config, spaces: Sequence[str] | None = None, *, number: int | None = None) -> CurrentIndex:
+    """Open a version in some spaces (None: all of the index; none of them: item table and arrays alone).
 
-    Errors   ArtifactError when the index is not complete, or a space is not in it
+    number: the version of a job that began with it, so that all its workers, and those that start again, search the same;
+    None: the newest. index.search says by what: this process, or Ray actors of the session that is running.
+    Errors   ArtifactError when the index is not complete, a space is not in it, or that version is no longer kept
     """
     store = open_store(config)
     there = Manifest.load(config.folder("index")).config["index"]["spaces"]
-    for space in spaces or ():
+    wanted = there if spaces is None else spaces
+    for space in wanted:
         if space not in there:
             raise ArtifactError(config.folder("index") / space, "no such index", f"index.spaces with '{space}'")
+    if number is not None:
+        return _open_version(config, store, store.version(number), wanted)
     try:
-        return store.open_current(lambda version: _open_version(config, store, version, spaces or there))
+        return store.open_current(lambda version: _open_version(config, store, version, wanted))
     except ForeignVersion as error:
         get_logger("index").warning("changes to the index are not searched: %s; see `contrec index replay`", error)
-        return _open_version(config, store, store.version_0, spaces or there)
+        return _open_version(config, store, store.version_0, wanted)
 
 
-def current_version(config: Config) -> str:
-    """The version that open_current would open, without opening it."""
+def current_version(config: Config) -> tuple[int, str]:
+    """Number and name of the version that open_current would open, without opening it."""
     store = open_store(config)
     try:
-        return store.current().content_hash[:VERSION_LETTERS]
+        version = store.current()
     except ForeignVersion:
-        return store.version_0.content_hash[:VERSION_LETTERS]
+        version = store.version_0
+    return version.number, version.content_hash[:VERSION_LETTERS]
+
+
+def current_items(config: Config) -> pl.DataFrame:
+    """The item table that open_current would give, without opening the index."""
+    store = open_store(config)
+    try:
+        return load_item_table(config, store, store.current())
+    except ForeignVersion:
+        return load_item_table(config, store, store.version_0)
 
 
 def load_item_table(config: Config, store: VersionStore, version: IndexVersion) -> pl.DataFrame:

@@ -25,7 +25,9 @@ def replay_changes(config: Config) -> None:
     The caller holds lock_folder(config, LIVE_FOLDER). Killed, it starts again from the old versions, which are renamed last.
     """
     log, store = get_logger("index"), open_store(config)
-    making = VersionStore(config.folder(MAKING), store.base_folder, store.version_0.base_hash, store.version_0.num_items)
+    making = VersionStore(
+        config.folder(MAKING), store.base_folder, store.version_0.base_hash, store.version_0.num_items, store.kept_versions
+    )
     if not store.folder.exists() and (making.folder / CURRENT_NAME).is_file():  # killed between the two renames
         making.folder.rename(store.folder)
     try:

@@ -99,6 +99,14 @@ def check_answers(config: Config, current: CurrentIndex, k: int = 7) -> None:
         np.testing.assert_allclose(found[0], scores, rtol=1e-5, atol=1e-6)
 
 
+def check_living(current: CurrentIndex) -> None:
+    """Every living item is searched once in every space, and no other."""
+    living = np.flatnonzero(current.items["live"].to_numpy())
+    for shards in current.spaces.values():
+        found = shards.search(np.ones((1, shards.dim), np.float32), len(current.items) + 5)[1][0]
+        assert np.array_equal(np.sort(found[found >= 0]), living)
+
+
 # -- joining ------------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +127,7 @@ def test_items_that_join_are_searched_in_every_space_and_continue_the_numbers(co
     assert current.items["item_idx"].to_list() == list(range(num_items + 3))
     assert current.spaces["query"].num_items == current.spaces["latent"].num_items == num_items + 3
     check_answers(config, current)
-    assert current.version != before and current.version == current_version(config)
+    assert (current.number, current.version) == current_version(config) and current_version(config)[1] != before[1]
     assert stage_files == {path: path.read_bytes() for path in config.folder("index").rglob("*") if path.is_file()}
 
 
@@ -137,7 +145,7 @@ def test_ids_that_are_there_are_all_named_and_nothing_changes(config):
     known = pl.read_parquet(config.folder("catalog") / "items.parquet")["item_id"].to_list()[3:5]
     with pytest.raises(DataError, match=f"2 ids that are in the index: {known[0]}, {known[1]}"):
         LiveIndex.open(config).add(make_items("n1", *known))
-    assert current_version(config) == Manifest.load(config.folder("index")).content_hash[:12]
+    assert current_version(config) == (0, Manifest.load(config.folder("index")).content_hash[:12])
 
 
 def test_wrong_rows_are_named_by_file_and_line(config, tmp_path):
@@ -255,7 +263,7 @@ class Killed(BaseException):
     """Nothing catches it: no code that cleans up runs, as after SIGKILL."""
 
 
-@pytest.mark.parametrize("step", ["encoded", "segment", "published"])
+@pytest.mark.parametrize("step", ["encoded", "segment", "000002.json", CURRENT_NAME])
 def test_a_change_that_is_killed_leaves_the_old_version_and_can_be_made_again(config, monkeypatch, step):
     def die(*_, **__):
         raise Killed
@@ -267,9 +275,9 @@ def test_a_change_that_is_killed_leaves_the_old_version_and_can_be_made_again(co
             patched.setattr("contrec_dist.retrieval.live_index.extend_shards", die)
         elif step == "segment":
             patched.setattr(VersionStore, "publish", die)
-        else:  # the version's file is written, CURRENT is not
+        else:  # just before this file is written
             write = faiss_versions.write_json
-            patched.setattr(faiss_versions, "write_json", lambda path, value: die() if path.name == CURRENT_NAME else write(path, value))
+            patched.setattr(faiss_versions, "write_json", lambda path, value: die() if path.name == step else write(path, value))
         with pytest.raises(Killed):
             LiveIndex.open(config).replace(make_items("n1", title="Other"))
     after = open_current(config)
@@ -285,21 +293,21 @@ def test_readers_meet_whole_versions_while_the_catalogue_changes(config):
     stop, failures, seen = threading.Event(), [], set()
 
     def read_on():
-        while not stop.is_set():
-            current = open_current(config)
-            living = set(np.flatnonzero(current.items["live"].to_numpy()))
-            for space, shards in current.spaces.items():
-                found = shards.search(np.ones((1, shards.dim), np.float32), len(living) + 5)[1][0]
-                if set(found[found >= 0]) != living or (found >= 0).sum() != len(living):
-                    failures.append((current.number, space))
-            seen.add(current.number)
+        try:
+            while not stop.is_set():
+                current = open_current(config)
+                check_living(current)
+                seen.add(current.number)
+        except BaseException as error:
+            failures.append(error)
 
     readers = [threading.Thread(target=read_on) for _ in range(2)]
     for reader in readers:
         reader.start()
     held = open_current(config)
+    config.index.kept_versions = 2
     live = LiveIndex.open(config)
-    for turn in range(5):
+    for turn in range(4):
         live.add(make_items(f"a{turn}", f"b{turn}"))
         live.remove([f"a{turn}", items["item_id"][turn]])
         live.compact(everything=True)
@@ -308,7 +316,7 @@ def test_readers_meet_whole_versions_while_the_catalogue_changes(config):
         reader.join()
     assert not failures and len(seen) > 1
     assert held.spaces["query"].search(np.ones((1, held.spaces["query"].dim), np.float32), 500)[1].max() == len(items) - 1
-    assert open_store(config).current().number == 15
+    assert open_store(config).current().number == 12
     assert len(list((config.folder(LIVE_FOLDER) / "segments").iterdir())) <= 4  # what no kept version names is gone
 
 
@@ -344,19 +352,27 @@ def test_changes_to_an_index_that_was_built_again_are_not_mixed_in_but_can_be_re
     replayed = open_current(config)
     assert replayed.items["item_id"].to_list()[len(items) :] == ["n1", "n3"]
     assert replayed.items["title"][0].startswith("Other") and not replayed.items["live"][7]
-    check_answers_of_replaced(config, replayed)
+    check_living(replayed)
     assert not config.folder(MAKING).exists()
     assert (config.folder(f"{LIVE_FOLDER}-{old[:12]}") / CURRENT_NAME).is_file()
     replay_changes(config)  # nothing to do
     assert open_current(config).version == replayed.version
 
 
-def check_answers_of_replaced(config: Config, current: CurrentIndex) -> None:
-    """Every living item is searched in both spaces, and no other."""
-    living = np.flatnonzero(current.items["live"].to_numpy())
-    for shards in current.spaces.values():
-        found = shards.search(np.ones((1, shards.dim), np.float32), len(current.items))[1][0]
-        assert np.array_equal(np.sort(found[found >= 0]), living)
+def test_a_job_goes_on_with_the_version_that_it_began_with_while_that_is_kept(config):
+    config.index.kept_versions = 2
+    live = LiveIndex.open(config)
+    live.add(make_items("n1"))
+    number, _ = current_version(config)
+    began = open_current(config, ["query"], number=number)
+    live.add(make_items("n2"))
+    again = open_current(config, ["query"], number=number)
+    assert again.version == began.version and again.items.equals(began.items)
+    assert again.spaces["query"].num_items == began.spaces["query"].num_items and list(again.spaces) == ["query"]
+    assert open_current(config, [], number=0).number == 0
+    live.add(make_items("n3"))
+    with pytest.raises(ArtifactError, match="000001.json.*index.kept_versions"):
+        open_current(config, ["query"], number=number)
 
 
 def test_two_writers_are_one_too_many(config):
