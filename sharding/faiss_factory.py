@@ -33,7 +33,7 @@ MAX_REFINE_FACTOR = 64
 POINTS_PER_CENTROID = 64  # more rows move the centroids less than what recall can tell
 TRAIN_ITERATIONS = 8
 # Cost of a search in bytes read one after another; a vector that lies anywhere in memory costs as much as several times its bytes.
-SCATTERED_BYTES_FACTOR = 4
+SCATTERED_BYTES_FACTOR = 6
 LIST_OVERHEAD_BYTES = 4096
 
 
