@@ -167,12 +167,13 @@ def compare_with_tiger(config: Config, parsed: argparse.Namespace, num_users: in
         raise ContRecError("--tiger: contrec_dist.benchmarks.tiger_decoder is not there") from None
     import torch
 
+    from contrec_dist.retrieval.pairing import check_pairing
     from contrec_dist.retrieval.score_workers import CandidateFinder, StepClock
     from contrec_dist.retrieval.scored_users import ScoredUsers
 
     config = replace(config, score=replace(config.score, k=parsed.beam, num_candidates=parsed.beam))
     users = ScoredUsers.of_catalog(config.folder("catalog"))
-    finder = CandidateFinder.open(config, users)  # one thread from here on
+    finder = CandidateFinder.open(config, users, check_pairing(config))  # one thread from here on
     with torch.random.fork_rng():
         decoder = synthetic_decoder(
             parsed.num_items, config.backbone.shape, max_history=config.prompt.max_history, beam_width=parsed.beam

@@ -30,7 +30,7 @@ def write_world(config: Config, *, num_items: int, num_users: int, mean_history:
     sizes = {"num_items": num_items, "num_users": num_users, "mean_history": mean_history}
     builders = {
         "catalog": (lambda config, work: _write_catalog(config, work, **sizes), ()),
-        "embeddings": (_write_nothing, ("catalog",)),
+        "embeddings": (lambda config, work: _write_embeddings(work, num_items), ("catalog",)),
         "tokenizer": (_write_nothing, ("catalog", "embeddings")),
         "tokens": (lambda config, work: _write_tokens(config, work, num_items), ("catalog", "embeddings", "tokenizer")),
         "model": (_write_model, ("catalog", "tokenizer", "tokens")),
@@ -45,6 +45,12 @@ def write_world(config: Config, *, num_items: int, num_users: int, mean_history:
 
 
 def _write_nothing(config: Config, work: Path) -> dict:
+    return {}
+
+
+def _write_embeddings(work: Path, num_items: int) -> dict:
+    """A column of zeros: what is scored without reasoning texts asks for none."""
+    np.save(work / "items.npy", np.zeros((num_items, 1), np.float32))
     return {}
 
 

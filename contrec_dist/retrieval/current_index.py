@@ -117,15 +117,6 @@ def current_version(config: Config) -> tuple[int, str]:
     return version.number, version.content_hash[:VERSION_LETTERS]
 
 
-def current_items(config: Config) -> pl.DataFrame:
-    """The item table that open_current would give, without opening the index."""
-    store = open_store(config)
-    try:
-        return load_item_table(config, store, store.current())
-    except ForeignVersion:
-        return load_item_table(config, store, store.version_0)
-
-
 def load_item_table(config: Config, store: VersionStore, version: IndexVersion) -> pl.DataFrame:
     """Every item that the version knows, those that left included. Row i is item_idx i."""
     items = load_items(config.folder("catalog")).with_columns(live=pl.lit(True))

@@ -12,9 +12,10 @@ from typing import Iterator
 from contrec_dist.config import Config
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import MANIFEST_NAME, Manifest
+from contrec_dist.retrieval.current_index import current_version
 
 CHAIN = ("catalog", "embeddings", "tokenizer", "tokens", "model", "index")
-VERSION_LETTERS = 12
+VERSION_LETTERS = 12  # as current_index shows an index's
 SHOWN_LETTERS = 16
 Claim = tuple[str, str, str]
 "(who says it, of which folder, its content hash)"
@@ -26,6 +27,8 @@ class Versions:
 
     model: str
     index: str
+    index_number: int
+    "of the living index: all workers of a job open this version, whatever happens to the index meanwhile"
 
 
 def check_pairing(config: Config) -> Versions:
@@ -42,7 +45,8 @@ def check_pairing(config: Config) -> Versions:
         if made_from != there:
             got, expected = f"made from {name} {made_from[:SHOWN_LETTERS]}", f"{name} {there[:SHOWN_LETTERS]} of {where}"
             raise ArtifactError(who, got, expected)
-    return Versions(*(Manifest.load(config.folder(name)).content_hash[:VERSION_LETTERS] for name in ("model", "index")))
+    number, index = current_version(config)
+    return Versions(Manifest.load(config.folder("model")).content_hash[:VERSION_LETTERS], index, number)
 
 
 def _claims(config: Config, manifests: dict[str, Manifest]) -> Iterator[Claim]:

@@ -5,23 +5,38 @@ from functools import lru_cache
 from typing import Sequence
 
 import numpy as np
-import polars as pl
 import torch
 
 from contrec_dist.config import Config, ScoreConfig
 from contrec_dist.errors import ArtifactError
+from contrec_dist.manifest import Manifest
 from contrec_dist.model.catalogue_posterior import CataloguePosterior, guide
 from contrec_dist.model.diffusion_head import Denoise
+from contrec_dist.retrieval.current_index import CurrentIndex, OverlaidRows, SearchesItems, open_current
 from contrec_dist.retrieval.likelihood import LikelihoodRanker
 from contrec_dist.retrieval.ranking import fuse_samples, search_views, select_seen
 from contrec_dist.retrieval.scored_users import Users
 from contrec_dist.retrieval.top_k import best_first
 from contrec_dist.retrieval.user_views import UserViews
-from sharding.faiss_shards import FaissShards
 
 SPACES = {"query": "query", "likelihood": "query", "samples": "latent"}
 Found = dict[str, tuple[np.ndarray, np.ndarray]]
 "{'masked' | 'kept': (scores (B, C) float32, item_idx (B, C) int64)}: without, and with, the items that a user has seen"
+
+
+def searched_spaces(config: Config) -> list[str]:
+    """Spaces of the index that the ranking rule searches. Raises ArtifactError where the index lacks one."""
+    spaces = [SPACES[config.score.rank_by], *(["query"] if _needs_posterior(config) else [])]
+    there = Manifest.load(config.folder("index")).config["index"]["spaces"]
+    for space in spaces:
+        if space not in there:
+            wanted = f"index.spaces with '{space}', which score.rank_by={config.score.rank_by} needs"
+            raise ArtifactError(config.folder("index"), f"spaces {there}", wanted)
+    return spaces
+
+
+def _needs_posterior(config: Config) -> bool:
+    return config.score.rank_by == "samples" and config.head.kind == "bayes"
 
 
 @dataclass
@@ -30,27 +45,22 @@ class Retriever:
 
     score: ScoreConfig
     seed: int
-    shards: FaissShards
-    item_latents: np.ndarray
+    shards: SearchesItems
+    item_latents: np.ndarray | OverlaidRows
     "(N, K, Z) raw, memory-mapped"
     log_prior: np.ndarray
     "(N,) log of the items' share of the training interactions, one added to each"
-    query_shards: FaissShards | None = None
+    query_shards: SearchesItems | None = None
     "the index of item vectors, where samples are drawn by the closed form and it is not `shards`"
 
     @classmethod
-    def open(cls, config: Config) -> "Retriever":
-        space = SPACES[config.score.rank_by]
-        folder = config.folder("index") / space
-        if not folder.is_dir():
-            raise ArtifactError(folder, "no such index", f"index.spaces with '{space}', which score.rank_by={config.score.rank_by} needs")
-        counts = pl.read_parquet(config.folder("catalog") / "items.parquet", columns=["num_train"])["num_train"].to_numpy() + 1.0
-        latents = np.load(config.folder("tokens") / "item_latents.npy", mmap_mode="r")
-        shards = FaissShards.open(folder, config.index.device)
-        opened = cls(config.score, config.seed, shards, latents, np.log(counts / counts.sum()))
-        if config.score.rank_by == "samples" and config.head.kind == "bayes":
-            opened.query_shards = FaissShards.open(config.folder("index") / "query", config.index.device)
-        return opened
+    def open(cls, config: Config, index: CurrentIndex | None = None) -> "Retriever":
+        """`index`: opened in the spaces that searched_spaces names; None: the newest version of the run's."""
+        index = index or open_current(config, searched_spaces(config))
+        counts = index.items["num_train"].to_numpy() + 1.0
+        shards, prior = index.spaces[SPACES[config.score.rank_by]], np.log(counts / counts.sum())
+        query_shards = index.spaces["query"] if _needs_posterior(config) else None
+        return cls(config.score, config.seed, shards, index.latents, prior, query_shards)
 
     @property
     def num_candidates(self) -> int:

@@ -21,9 +21,10 @@ import polars as pl
 
 from contrec_dist.config import Config
 from contrec_dist.errors import ConfigError
-from contrec_dist.manifest import Manifest, hash_file, run_stage
+from contrec_dist.manifest import MANIFEST_NAME, Manifest, hash_file, run_stage
 from contrec_dist.model.export import load_export
 from contrec_dist.progress import get_logger
+from contrec_dist.retrieval.current_index import current_version
 from contrec_dist.retrieval.pairing import Versions, check_pairing
 from contrec_dist.retrieval.recommendations import rerank
 from contrec_dist.retrieval.retriever import Retriever
@@ -65,8 +66,14 @@ def run(config: Config) -> Manifest:
         sections=("score", "prompt"),
         inputs=("catalog", "embeddings", "tokens", "model", "index"),
         build=_build,
-        extra_identity={"users": hash_file(Path(named))} if named else None,
+        extra_identity=_identity(config, named),
     )
+
+
+def _identity(config: Config, named: str) -> dict:
+    """What lists depend on besides config and inputs: the users of a file, and the changes to the index since it was built."""
+    built = (config.folder("index") / MANIFEST_NAME).is_file()  # else the stage itself says what is missing
+    return {"users": hash_file(Path(named)) if named else "", "index_version": current_version(config)[1] if built else ""}
 
 
 def output_folder(config: Config) -> str:
@@ -123,7 +130,8 @@ class ScoreJob:
             Part(name=candidate_name(split, part), payload={"split": split, "start": start, "stop": stop})
             for split, part, (start, stop) in self._each_range()
         ]
-        found = self._run_parts(CandidateWriter, {"users": self.users}, candidates, "candidate parts", self.work / CANDIDATES)
+        arguments = {"users": self.users, "versions": self.versions}
+        found = self._run_parts(CandidateWriter, arguments, candidates, "candidate parts", self.work / CANDIDATES)
         choice = choose_text_weight(self.config, self.work, self.users, self.ranges)
         weight = choice["text_weight"]
         get_logger("score").info("text weight pi = %g, chosen on validation", weight)

@@ -13,11 +13,11 @@ import polars as pl
 import torch
 
 from contrec_dist.config import Config
-from contrec_dist.data.catalog import ITEMS_FILE
 from contrec_dist.model.export import load_export
+from contrec_dist.retrieval.current_index import open_current
 from contrec_dist.retrieval.pairing import Versions
 from contrec_dist.retrieval.recommendations import write_rows
-from contrec_dist.retrieval.retriever import Retriever
+from contrec_dist.retrieval.retriever import Retriever, searched_spaces
 from contrec_dist.retrieval.scored_users import ScoredUsers
 from contrec_dist.retrieval.text_similarity import TextSimilarity
 from contrec_dist.retrieval.user_views import UserViews
@@ -68,16 +68,19 @@ class CandidateFinder:
     views: UserViews
     retriever: Retriever
     texts: TextSimilarity | None
+    item_ids: pl.Series
 
     @classmethod
-    def open(cls, config: Config, users: ScoredUsers) -> "CandidateFinder":
+    def open(cls, config: Config, users: ScoredUsers, versions: Versions) -> "CandidateFinder":
+        """Errors   ArtifactError when the index no longer keeps the version that the job began with"""
         torch.set_num_threads(1)
         torch.manual_seed(config.seed)
+        index = open_current(config, searched_spaces(config), number=versions.index_number)
         model, tokenizer = load_export(config.folder("model"))
-        views = UserViews.open(config, model.to(scoring_device(config)), tokenizer, users)
+        views = UserViews.open(config, model.to(scoring_device(config)), tokenizer, users, index)
         reasoning = config.score.reasoning == "generate"
-        texts = TextSimilarity.open(config.folder("embeddings")) if reasoning else None
-        return cls(config, views, Retriever.open(config), texts)
+        texts = TextSimilarity.open(config.folder("embeddings"), index.embeddings) if reasoning else None
+        return cls(config, views, Retriever.open(config, index), texts, index.items["item_id"])
 
     def find(self, split: str, start: int, stop: int, wanted: Sequence[str], clock: StepClock) -> pl.DataFrame:
         with clock.time("histories"):
@@ -100,8 +103,8 @@ class CandidateFinder:
 class CandidateWriter:
     """Ray worker: a range of users of one split -> their candidates, for the choice of pi and the second pass."""
 
-    def __init__(self, config: Config, users: ScoredUsers):
-        self.config, self.finder = config, CandidateFinder.open(config, users)
+    def __init__(self, config: Config, users: ScoredUsers, versions: Versions):
+        self.config, self.finder = config, CandidateFinder.open(config, users, versions)
 
     def process(self, payload: dict, path: Path) -> dict:
         clock = StepClock()
@@ -117,7 +120,8 @@ class RecommendationWriter:
 
     def __init__(self, config: Config, candidates: Path, text_weight: float, versions: Versions):
         self.candidates = candidates
-        self.settings = writing_settings(config, text_weight, versions)
+        item_ids = open_current(config, [], number=versions.index_number).items["item_id"]
+        self.settings = {"text_weight": text_weight, "k": config.score.k, "item_ids": item_ids, "versions": versions}
 
     def process(self, payload: dict, *paths: Path) -> dict:
         clock = StepClock()
@@ -131,8 +135,9 @@ class DirectWriter:
     """Ray worker: both at once, where pi is known before."""
 
     def __init__(self, config: Config, users: ScoredUsers, text_weight: float, versions: Versions):
-        self.finder = CandidateFinder.open(config, users)
-        self.settings = writing_settings(config, text_weight, versions)
+        self.finder = CandidateFinder.open(config, users, versions)
+        item_ids = self.finder.item_ids
+        self.settings = {"text_weight": text_weight, "k": config.score.k, "item_ids": item_ids, "versions": versions}
 
     def process(self, payload: dict, *paths: Path) -> dict:
         clock = StepClock()
@@ -140,9 +145,3 @@ class DirectWriter:
         with clock.time("writing"):
             rows = sum(write_rows(frame, view, path, **self.settings) for view, path in zip(payload["views"], paths))
         return clock.facts(len(frame), rows)
-
-
-def writing_settings(config: Config, text_weight: float, versions: Versions) -> dict:
-    """What write_rows needs besides the candidates."""
-    item_ids = pl.read_parquet(config.folder("catalog") / ITEMS_FILE, columns=["item_id"])["item_id"]
-    return {"text_weight": text_weight, "k": config.score.k, "item_ids": item_ids, "versions": versions}

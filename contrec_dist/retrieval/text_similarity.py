@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from contrec_dist.embeddings.embed import ENCODER_FOLDER, STATISTICS_NAME
 from contrec_dist.embeddings.textual import TextEncoder
+from contrec_dist.retrieval.current_index import OverlaidRows
 
 CHUNK_USERS = 256
 
@@ -21,18 +22,21 @@ class TextSimilarity:
     """
 
     encoder: TextEncoder
-    standardised: np.ndarray
+    items: np.ndarray | OverlaidRows
+    "embeddings by item_idx"
+    part: slice
+    "their text columns"
     mean: np.ndarray
     scale: np.ndarray
 
     @classmethod
-    def open(cls, embeddings: Path) -> "TextSimilarity":
-        """Of a complete embeddings folder; rows of items.npy are read when they are asked for."""
+    def open(cls, embeddings: Path, items: np.ndarray | OverlaidRows | None = None) -> "TextSimilarity":
+        """Of a complete embeddings folder; rows are read when they are asked for, of `items` (n,) -> (n, E) or items.npy."""
         start, stop = json.loads((embeddings / "layout.json").read_text())["text"]
         statistics = load_file(embeddings / STATISTICS_NAME)
-        standardised = np.load(embeddings / "items.npy", mmap_mode="r")[:, start:stop]
+        items = np.load(embeddings / "items.npy", mmap_mode="r") if items is None else items
         encoder = TextEncoder.load(embeddings / ENCODER_FOLDER)
-        return cls(encoder, standardised, statistics["text_mean"], statistics["text_scale"])
+        return cls(encoder, items, slice(start, stop), statistics["text_mean"], statistics["text_scale"])
 
     def scores(self, reasons: list[str], item_idx: np.ndarray) -> np.ndarray:
         """0 where there is no reason or no item. reasons: B, item_idx (B, C) -> (B, C) float32"""
@@ -43,7 +47,7 @@ class TextSimilarity:
         spoken = self.encoder.encode(list(unique_reasons))
         spoken[unique_reasons == ""] = 0.0
         wanted, text_place = np.unique(item_idx, return_inverse=True)
-        texts = self.standardised[wanted] * self.scale + self.mean
+        texts = np.asarray(self.items[wanted])[:, self.part] * self.scale + self.mean
         text_place = text_place.reshape(item_idx.shape)
         for start in range(0, len(item_idx), CHUNK_USERS):  # bounds the (users, C, E) gathered at a time
             rows = slice(start, start + CHUNK_USERS)

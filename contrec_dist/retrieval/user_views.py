@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor
 
 from contrec_dist.config import Config
+from contrec_dist.data.catalog import load_items
 from contrec_dist.data.prompts import PromptTexts
 from contrec_dist.model.contrec import ContRec
 from contrec_dist.model.history_reader import HistoryBatch, HistoryReader, Reading
+from contrec_dist.retrieval.current_index import CurrentIndex, OverlaidRows
 from contrec_dist.retrieval.scored_users import ScoredUsers, Users
 
 
@@ -21,19 +22,21 @@ class UserViews:
     config: Config
     model: ContRec
     history_reader: HistoryReader
-    item_latents: np.ndarray
+    item_latents: np.ndarray | OverlaidRows
     "(N, K, Z) raw; may be memory-mapped"
     user_latents: np.ndarray | None
     "(U, K, Z), of the catalogue's users"
     users: ScoredUsers
 
     @classmethod
-    def open(cls, config: Config, model: ContRec, tokenizer, users: ScoredUsers | None = None) -> "UserViews":
-        """`users`: who is read; None: the catalogue's own."""
+    def open(
+        cls, config: Config, model: ContRec, tokenizer, users: ScoredUsers | None = None, index: CurrentIndex | None = None
+    ) -> "UserViews":
+        """`users`: who is read; None: the catalogue's own. `index`: whose items histories may hold; None: the catalogue's."""
         from contrec_dist.training.train import load_user_latents
 
-        items = pl.read_parquet(config.folder("catalog") / "items.parquet")
-        latents = np.load(config.folder("tokens") / "item_latents.npy", mmap_mode="r")
+        items = load_items(config.folder("catalog")) if index is None else index.items
+        latents = index.latents if index else np.load(config.folder("tokens") / "item_latents.npy", mmap_mode="r")
         reader = HistoryReader(model, PromptTexts(items, tokenizer, config.prompt), tokenizer)
         users = users or ScoredUsers.of_catalog(config.folder("catalog"))
         return cls(config, model, reader, latents, load_user_latents(config), users)

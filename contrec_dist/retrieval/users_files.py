@@ -17,13 +17,14 @@ from pathlib import Path
 import polars as pl
 
 from contrec_dist.config import Config
-from contrec_dist.data.catalog import HISTORIES_FILE, ITEMS_FILE, USERS_FILE
+from contrec_dist.data.catalog import HISTORIES_FILE, USERS_FILE
 from contrec_dist.data.sources import json_lines
 from contrec_dist.data.sources.raw import RawTable, locate_by_row
 from contrec_dist.data.sources.table import JSON_SUFFIXES, SEPARATORS, read_table
 from contrec_dist.data.sources.text_files import open_binary
 from contrec_dist.errors import ConfigError, DataError
 from contrec_dist.progress import get_logger
+from contrec_dist.retrieval.current_index import open_current
 from contrec_dist.retrieval.scored_users import ScoredUsers
 
 USERS_KEY, HISTORIES_KEY = "score.users_file", "score.histories_file"
@@ -73,7 +74,7 @@ def read_histories(config: Config, target: Path) -> NamedUsers:
     """
     path = _existing(config.score.histories_file, HISTORIES_KEY)
     table, listed = _read_entries(path)
-    items = pl.scan_parquet(config.folder("catalog") / ITEMS_FILE).select("item_id", "item_idx").collect()
+    items = open_current(config, []).items.select("item_id", "item_idx")
     entries = table.frame.join(items, on="item_id", how="left", maintain_order="left")
     wrong = entries.filter(_is_wrong())
     facts = _judge(wrong, len(entries), table, config.source.max_bad_ratio)

@@ -1,5 +1,6 @@
 """The score stage as people run it: all users, some users, new users; through Ray, FAISS and the manifests."""
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pytest
 
 from contrec_dist.benchmarks.score_world import write_world
 from contrec_dist.config import Config, IndexConfig
-from contrec_dist.errors import ConfigError
+from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.manifest import MANIFEST_NAME, Manifest, write_json
 from contrec_dist.model.export import load_export
 from contrec_dist.retrieval import score
+from contrec_dist.retrieval.current_index import current_version
+from contrec_dist.retrieval.live_index import LiveIndex
 from contrec_dist.retrieval.recommendations import SCHEMA
+from contrec_dist.retrieval.retriever import Retriever
 from contrec_dist.retrieval.top_k import exact_top_k
 from contrec_dist.retrieval.user_views import UserViews
 
@@ -81,8 +85,8 @@ def test_rows_are_sorted_by_rank_and_carry_the_versions_they_were_made_with(worl
     assert frame["user_id"].to_list() == [f"u{user}" for user in range(NUM_USERS) for _ in range(10)]
     assert frame["rank"].to_list() == list(range(1, 11)) * NUM_USERS
     assert (frame.group_by("user_id").agg(pl.col("score").diff().max())["score"] <= 0).all()
-    for name in ("model", "index"):
-        version = Manifest.load(world.folder(name)).content_hash[:12]
+    versions = {"model": Manifest.load(world.folder("model")).content_hash[:12], "index": current_version(world)[1]}
+    for name, version in versions.items():
         assert frame[f"{name}_version"].unique().to_list() == [version] == [manifest.facts[f"{name}_version"]]
 
 
@@ -168,6 +172,23 @@ def test_another_content_under_the_same_name_is_scored_again(world, tmp_path):
     path.write_text("user_id,item_ids\na,i900 i20\nb,i3\n")
     second, _ = scored(world, histories_file=str(path))
     assert lists_of(first).keys() == {"a"} and lists_of(second).keys() == {"a", "b"}
+
+
+def test_a_space_that_the_index_lacks_is_named_with_the_setting_that_needs_it(world):
+    with pytest.raises(ArtifactError, match="index.spaces with 'latent', which score.rank_by=samples needs"):
+        Retriever.open(replace(world, score=replace(world.score, rank_by="samples")))
+
+
+def test_what_left_the_index_is_recommended_no_more_and_the_version_says_so(world, tmp_path):
+    """The living index is another version of the same run: scored again, though no setting changed."""
+    copy = replace(world, run_dir=str(tmp_path / "run"))
+    shutil.copytree(world.run_dir, copy.run_dir)
+    before, _ = scored(copy)
+    gone = before["item_id"].head(3).to_list()
+    LiveIndex.open(copy).remove(gone)
+    after, manifest = scored(copy)
+    assert not set(gone) & set(after["item_id"]) and after.group_by("user_id").len()["len"].unique().to_list() == [10]
+    assert after["index_version"][0] == current_version(copy)[1] == manifest.facts["index_version"] != before["index_version"][0]
 
 
 def test_two_kinds_of_users_at_once_and_files_that_are_not_there_are_named(world, tmp_path):

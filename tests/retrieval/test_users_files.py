@@ -1,10 +1,12 @@
 """retrieval/users_files.py: every format gives the same users; what cannot be used is named with file and row, never lost."""
 
+import numpy as np
 import polars as pl
 import pytest
 
 from contrec_dist.config import Config
 from contrec_dist.errors import ConfigError, DataError
+from contrec_dist.manifest import run_stage
 from contrec_dist.progress import get_logger
 from contrec_dist.retrieval.users_files import pick_users, read_histories
 
@@ -24,6 +26,12 @@ def config(tmp_path) -> Config:
         "user_idx": range(3), "items": [[0, 1, 2], [3], [4, 5, 6]], "timestamps": [[0] * 3, [0], [0] * 3],
         "num_train": [1, 1, 1], "validation_pos": [1, -1, 1], "test_pos": [2, -1, 2],
     }).write_parquet(folder / "histories.parquet")  # fmt: skip
+    for name in ("tokens/item_latents", "embeddings/items"):
+        path = config.folder(f"{name}.npy")
+        path.parent.mkdir()
+        np.save(path, np.zeros((7, 1)))
+    describe = lambda config, work: {space: {"num_items": 7} for space in config.index.spaces}  # noqa: E731
+    run_stage(config, stage="index", folder="index", sections=("index",), inputs=(), build=describe)  # says what is known
     return config
 
 
