@@ -5,6 +5,7 @@ What the data decides is read from the run's tokens/ where precompute has been; 
 """
 
 import argparse
+import warnings
 
 from contrec_dist.config import Config
 
@@ -29,6 +30,8 @@ def run(config: Config, parsed: argparse.Namespace) -> int:
     import torch
 
     from contrec_dist.training.memory import estimate_memory
+
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)  # PEFT's call
 
     ranks = parsed.ranks or config.launch.num_ranks
     stages = [0, 1, 2, 3] if parsed.all else [config.zero.stage if parsed.stage is None else parsed.stage]
@@ -85,7 +88,7 @@ def _print_table(estimates: list, config: Config, ranks: int, on_gpu: bool) -> N
     train = config.train
     where = "GPU memory" if on_gpu else "resident memory (CPU)"
     table = Table(title=f"{where} of a rank, MB: {ranks} ranks, {train.micro_batch_rows} rows x {train.row_tokens} positions")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for estimate in estimates:
         table.add_column(f"ZeRO {estimate.stage}", justify="right")
     names = dict.fromkeys(name for estimate in estimates for name in estimate.parts)
@@ -94,5 +97,5 @@ def _print_table(estimates: list, config: Config, ranks: int, on_gpu: bool) -> N
         table.add_row(name, *(megabytes(one.parts[name]) if name in one.parts else "" for one in estimates))
     table.add_section()
     table.add_row("at its peak", *(megabytes(one.bytes) for one in estimates), style="bold")
-    table.add_row("which is in", *(one.phase for one in estimates))
+    table.add_row("which is in the", *(one.phase for one in estimates))
     Console().print(table)

@@ -114,7 +114,7 @@ class _LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live, self.parts_at_peak = Counter(), Counter()
         self.total = self.peak = self.gradients = self.peak_with_gradients = 0
-        self.part = "losses"
+        self.part = "text logits, losses"
         self.seen: weakref.WeakSet = weakref.WeakSet()
         self._name_parts(model)
         for parameter in model.parameters():
@@ -154,7 +154,7 @@ class _LiveBytes(TorchDispatchMode):
     def _name_parts(self, model: ContRec) -> None:
         """Have the model's calls say which part is at work."""
         self._name(model, "_encode_rows", "backbone")
-        self._name(model.head, "losses", "noise draws of the head")
+        self._name(model.head, "losses", "noise draws")
         make_table = model._training_table
 
         def named_table(*arguments):

@@ -12,7 +12,10 @@ CPU      What is measured there is the peak resident memory of a process: BASE_B
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from contrec_dist.config import Config
+from contrec_dist.model.backbone import has_fast_bf16
 from contrec_dist.training.dry_step import DataSizes, DryStep, build_empty_model, count_parameters, run_dry_step
 from contrec_dist.training.zero3 import accumulation_steps
 
@@ -23,9 +26,11 @@ MAX_LIVE_ELEMENTS = 10**9
 "stage 3: gathered elements at a time (stage3_max_live_parameters)"
 BASE_BYTES = 570_000_000
 "resident memory of a rank before it builds its model, and of oneDNN's kernels (measured: an AMD EPYC, torch 2.13 for CPUs)"
-HEAP_FACTOR = {0: 1.4, 1: 1.4, 2: 1.4, 3: 1.5}
-"""peak resident memory over bytes in use, beyond the base, by ZeRO stage (stage 3 gathers in between). Measured there with
-glibc 2.36 on 2 ranks, a few steps of 34 M parameters: 1.3 to 1.4 at stages 0 to 2, 1.4 to 1.6 at stage 3"""
+HEAP_FACTOR = {"fp32": 1.15, "bf16": 1.4}
+"""peak resident memory over bytes in use, beyond the base, by the precision of matrix products (autocast's copies lie between
+the rest). Measured there with glibc 2.36 on 2 ranks, 3 steps of 27 to 34 M parameters"""
+STAGE3_HEAP_FACTOR = 0.1
+"more at stage 3, which gathers and gives back weights in between"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,7 @@ class _Rank:
     accumulates: bool
     on_gpu: bool
     offload: bool
+    heap_factor: float
     bucket: int
     step: DryStep
 
@@ -89,6 +95,7 @@ def estimate_memory(config: Config, sizes: DataSizes, *, ranks: int, stages: lis
             accumulates=accumulates,
             on_gpu=on_gpu,
             offload=config.zero.offload_optimizer and on_gpu,
+            heap_factor=HEAP_FACTOR[config.backbone.precision] + STAGE3_HEAP_FACTOR * (stage == 3),
             bucket=FP32_BYTES * config.zero.bucket_elements,
             step=step,
         )
@@ -101,20 +108,21 @@ def _as_it_will_run(config: Config, on_gpu: bool) -> Config:
     backbone = config.backbone
     if backbone.attention == "auto":
         backbone = replace(backbone, attention="sdpa" if on_gpu else "packed")
-    if backbone.precision == "auto" and on_gpu:
-        backbone = replace(backbone, precision="bf16")
+    if backbone.precision == "auto":
+        fast = on_gpu or has_fast_bf16(torch.device("cpu"))
+        backbone = replace(backbone, precision="bf16" if fast else "fp32")
     return replace(config, backbone=backbone)
 
 
 def _estimate_rank(rank: _Rank, config: Config, sizes: DataSizes) -> MemoryEstimate:
     standing = _standing(rank, config, sizes)
-    phases = {"forward and backward": standing | _forward_backward(rank), "optimizer step": standing | _optimizer_step(rank)}
+    phases = {"passes": standing | _forward_backward(rank), "step": standing | _optimizer_step(rank)}
     phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
     parts = {name: size for name, size in parts.items() if size}
     if not rank.on_gpu:
-        parts["export (rank 0): weights gathered, and read back"] = 2 * (rank.trainable + rank.frozen)
-        parts["free blocks of the heap"] = round((HEAP_FACTOR[rank.stage] - 1) * sum(parts.values()))
-        parts["Python, torch, DeepSpeed"] = BASE_BYTES
+        parts["export on rank 0"] = 2 * (rank.trainable + rank.frozen)
+        parts["free blocks of the heap"] = round((rank.heap_factor - 1) * sum(parts.values()))
+        parts["Python and libraries"] = BASE_BYTES
     return MemoryEstimate(stage=rank.stage, phase=phase, parts=parts)
 
 
@@ -124,14 +132,14 @@ def _standing(rank: _Rank, config: Config, sizes: DataSizes) -> dict[str, int]:
     latents = FP32_BYTES * sizes.num_items * config.tokenizer.num_item_tokens * config.tokenizer.latent_dim
     parts = {
         "weights": weights if rank.stage < 3 else weights // rank.ranks + rank.persistent,
-        "fp32 copy of the weights for the optimizer": rank.share if rank.stage else 0,
-        "optimizer (two moments)": 2 * rank.share,
-        "gradients (partition)": rank.share if rank.stage == 3 else 0,
-        "buffers (moving average of the head)": rank.buffers,
+        "weights of the optimizer": rank.share if rank.stage else 0,
+        "optimizer moments": 2 * rank.share,
+        "gradient partition": rank.share if rank.stage == 3 else 0,
+        "moving average, buffers": rank.buffers,
         "item latents": latents,
     }
     if rank.offload:
-        parts |= {"fp32 copy of the weights for the optimizer": 0, "optimizer (two moments)": 0}
+        parts |= {"weights of the optimizer": 0, "optimizer moments": 0}
     return parts
 
 
@@ -146,12 +154,12 @@ def _forward_backward(rank: _Rank) -> dict[str, int]:
     if rank.stage == 1 and rank.accumulates:
         parts["gradients"] = rank.trainable
     if rank.stage == 2:
-        parts["gradients (partition)"] = rank.share
+        parts["gradient partition"] = rank.share
     parts["reduce bucket"] = rank.bucket * (2 if rank.stage < 3 else 1) if rank.on_gpu else min(rank.bucket, rank.trainable)
     if rank.stage == 3:
         whole = min(rank.trainable + rank.frozen, FP32_BYTES * MAX_LIVE_ELEMENTS)
         parts["gathered weights"] = whole
-        parts["gather and prefetch buffers"] = min(whole, rank.bucket)
+        parts["gather buffers"] = min(whole, rank.bucket)
     return parts
 
 
@@ -160,10 +168,10 @@ def _optimizer_step(rank: _Rank) -> dict[str, int]:
     if rank.stage == 0:
         copies = min(rank.trainable, FP32_BYTES * ALL_REDUCE_ELEMENTS) if rank.ranks > 1 else 0
         temporaries = rank.trainable if rank.on_gpu else 2 * rank.largest
-        return {"gradients": rank.trainable, "copies for the all-reduce, or AdamW's temporaries": max(copies, temporaries)}
-    parts = {"gradients (flat, fp32)": rank.share, "AdamW's temporaries": 2 * rank.share}
+        return {"gradients": rank.trainable, "all-reduce or temporaries": max(copies, temporaries)}
+    parts = {"flat gradients": rank.share, "AdamW temporaries": 2 * rank.share}
     if rank.stage < 3:
-        parts["gradients (partition)"] = rank.share
+        parts["gradient partition"] = rank.share
     else:
         parts["reduce bucket"] = rank.bucket if rank.on_gpu else min(rank.bucket, rank.trainable)
     return parts

@@ -17,6 +17,7 @@ from launched import copy_run, file_hashes, run_several
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from contrec_dist.__main__ import main
 from contrec_dist.config import Config, LoraConfig
 from contrec_dist.manifest import stage_identity
 from contrec_dist.model.backbone import train_text_tokenizer
@@ -115,6 +116,19 @@ def test_export_loads_without_deepspeed_and_reads_histories(trained, family):
     assert torch.isfinite(reading.condition).all() and len(reading.reasons) == 8
     vectors = np.load(config.folder("model") / "item_vectors.npy")
     assert np.isfinite(views.queries(reading.condition).numpy() @ vectors.T).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_merged_into_its_base_reads_histories_as_the_run_does(trained, folder, family):
+    config, target = trained[family], folder / f"{family}_merged"
+    assert main(["export", "--merge", "--output", str(target), "--config", str(folder / f"{family}.yaml")]) == 0
+    conditions = []
+    for place in (config.folder("model"), target):
+        model, tokenizer = load_export(place)
+        views = UserViews.open(config, model, tokenizer)
+        conditions.append(views.read(np.arange(8), "validation", reasoning=False).condition)
+    torch.testing.assert_close(*conditions, atol=1e-5, rtol=1e-5)
+    assert not hasattr(model.backbone, "peft_config")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
