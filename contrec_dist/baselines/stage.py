@@ -104,7 +104,7 @@ def _write_part(work, name, recommender, histories, positions, split, part, span
     for view, (scores, items) in recommend_views(recommender, before, users, k).items():
         path = work / f"split={split}" / f"seen={view}" / f"part-{part:06d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = list_rows(frame, scores, items, item_ids, Versions(model=name, index="")) if len(users) else pl.DataFrame(schema=SCHEMA)
+        rows = list_rows(frame, scores, items, item_ids, Versions(model=name, index="", index_number=0)) if len(users) else pl.DataFrame(schema=SCHEMA)
         rows.write_parquet(path)
         if split != "next":
             ranks[view] = m.rank_targets(items, histories.targets(users, split))
