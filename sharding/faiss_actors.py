@@ -6,9 +6,11 @@ Guarantees   the contract of top_k.py; with an exact factory the bytes of FaissS
 Cost         queries are put into the object store once; an answer is B x k numbers an actor. The shards' files must be readable
              at the same path on every machine.
 
-Made in the process that starts the Ray session, and handed to others as it is: what is sent is the actors' addresses.
+The actors of the same shards have the same names inside a Ray job: the first process that opens them starts and owns them, the
+others find them. So a driver opens them before its workers do, and keeps them as long as they work.
 """
 
+import hashlib
 import os
 from typing import Sequence
 
@@ -18,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from contrec_dist.config import IndexConfig, RayConfig
 from contrec_dist.errors import ArtifactError
+from contrec_dist.manifest import hash_json
 from contrec_dist.progress import get_logger
 from contrec_dist.retrieval.top_k import check_queries, empty_result, merge_top_k
 from sharding.faiss_files import ShardFile
@@ -114,9 +117,17 @@ def _start_actor(files: list[ShardFile], layout: dict, index: IndexConfig, worke
         "max_restarts": -1,
         "max_task_retries": MAX_DEATHS,
         "scheduling_strategy": "SPREAD",
+        "name": f"contrec-index-{_hash_files(files, layout, index)}",
+        "get_if_exists": True,
         "runtime_env": {"env_vars": worker_environment() | {"OMP_NUM_THREADS": str(threads)}},
     }
     return ray.remote(_ShardActor).options(**options).remote(files, layout, index.device, index.memory_map, threads)
+
+
+def _hash_files(files: list[ShardFile], layout: dict, index: IndexConfig) -> str:
+    """What tells an actor's shards from others'."""
+    shards = [[str(one.index_path), one.num_items, hashlib.sha256(one.removed.tobytes()).hexdigest()] for one in files]
+    return hash_json([shards, layout, index.device, index.memory_map])
 
 
 def _count_machines() -> int:

@@ -13,8 +13,10 @@ Cost     memory of driver and workers does not grow with the users of the catalo
 """
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import polars as pl
@@ -24,10 +26,10 @@ from contrec_dist.errors import ConfigError
 from contrec_dist.manifest import MANIFEST_NAME, Manifest, hash_file, run_stage
 from contrec_dist.model.export import load_export
 from contrec_dist.progress import get_logger
-from contrec_dist.retrieval.current_index import current_version
+from contrec_dist.retrieval.current_index import current_version, open_current
 from contrec_dist.retrieval.pairing import Versions, check_pairing
 from contrec_dist.retrieval.recommendations import rerank
-from contrec_dist.retrieval.retriever import Retriever
+from contrec_dist.retrieval.retriever import Retriever, searched_spaces
 from contrec_dist.retrieval.score_workers import (
     CandidateWriter,
     DirectWriter,
@@ -90,7 +92,7 @@ def _build(config: Config, work: Path) -> dict:
     versions = check_pairing(config)
     named = name_users(config, work)
     ranges = part_ranges(named.users.count, config.score.users_per_part)
-    with ray_session(config.ray):
+    with ray_session(config.ray), own_search_actors(config, versions):
         job = ScoreJob(config, work, named.users, ranges, versions)
         choice, parts = job.run()
     remove_part_records(work)
@@ -98,6 +100,20 @@ def _build(config: Config, work: Path) -> dict:
     (work / NAMED_USERS).unlink(missing_ok=True)
     facts = {"model_version": versions.model, "index_version": versions.index, "k": config.score.k, "rank_by": config.score.rank_by}
     return {**choice, **facts, **summarize_parts(parts), **named.facts}
+
+
+@contextmanager
+def own_search_actors(config: Config, versions: Versions) -> Iterator[None]:
+    """With index.search=ray, start the actors that all workers ask, and keep them until these are done."""
+    if config.index.search != "ray":
+        yield
+        return
+    index = open_current(config, searched_spaces(config), number=versions.index_number)
+    try:
+        yield
+    finally:
+        for shards in index.spaces.values():
+            shards.close()
 
 
 def name_users(config: Config, work: Path) -> NamedUsers:

@@ -191,6 +191,11 @@ def test_what_left_the_index_is_recommended_no_more_and_the_version_says_so(worl
     assert after["index_version"][0] == current_version(copy)[1] == manifest.facts["index_version"] != before["index_version"][0]
 
 
+def test_search_by_ray_actors_gives_the_lists_of_one_process(world, tmp_path):
+    by_ray = replace(world, index=replace(world.index, search="ray"))
+    assert scored(by_ray, output=str(tmp_path / "by_ray"))[0].equals(everyone(world))
+
+
 def test_two_kinds_of_users_at_once_and_files_that_are_not_there_are_named(world, tmp_path):
     with pytest.raises(ConfigError, match="a file that exists"):
         scored(world, histories_file=str(tmp_path / "absent.csv"))

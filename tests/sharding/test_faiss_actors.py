@@ -14,6 +14,7 @@ from contrec_dist.errors import ArtifactError, DataError
 from sharding.faiss_actors import RayFaissShards
 from sharding.faiss_files import list_shards, read_layout
 from sharding.faiss_shards import FaissShards
+from sharding.ray_jobs import worker_environment
 
 CONFIG = IndexConfig(factory="Flat", device="cpu", recall_queries=20, num_shards=5, ray_actors=2)
 
@@ -72,6 +73,27 @@ def test_an_actor_that_is_killed_opens_its_shards_again(built, ray_cluster):
             assert got.tobytes() == wanted.tobytes()
     assert actor_process(actors, 1) != pid
     actors.close()
+
+
+def test_processes_of_one_job_share_the_actors_of_the_same_shards(built, ray_cluster):
+    folder, vectors = built
+    _, actors = open_both(folder / "Flat", ray_cluster)
+
+    def open_elsewhere(files, layout, config, workers):
+        shards = RayFaissShards.open_files(files, layout, config, workers)
+        described = ray.get([actor.describe.remote() for actor in shards._actors])
+        return [one["process"] for one in described], shards.search(vectors[:5], 4)[1]
+
+    elsewhere = ray.remote(open_elsewhere).options(num_cpus=0, runtime_env={"env_vars": worker_environment()})
+    files = list_shards(folder / "Flat", actors.layout)
+    processes, found = ray.get(elsewhere.remote(files, actors.layout, CONFIG, ray_cluster))
+    assert processes == [actor_process(actors, number) for number in range(2)]
+    assert np.array_equal(actors.search(vectors[:5], 4)[1], found)  # and they outlive the one that only found them
+    other = list_shards(folder / "Flat", actors.layout, removed=np.arange(3))
+    left = RayFaissShards.open_files(other, actors.layout, CONFIG, ray_cluster)
+    assert left.num_items == 897 and actor_process(left, 0) not in processes
+    for opened in (actors, left):
+        opened.close()
 
 
 def test_a_missing_shard_is_named(built, ray_cluster, tmp_path):
