@@ -11,7 +11,7 @@ import numpy as np
 from contrec_dist.errors import DataError
 from contrec_dist.retrieval.top_k import Search, best_first, empty_result
 
-FIRST_OVERFETCH = 64  # seen items allowed for in the first search; rows that need more are searched again
+FIRST_OVERFETCH = 16  # seen items allowed for in the first search; rows that need more are searched again
 
 
 def mask_seen(

@@ -64,8 +64,9 @@ class Retriever:
 
     @property
     def num_candidates(self) -> int:
-        """C: what the text similarity re-ranks, and never fewer than are asked for."""
-        return max(self.score.num_candidates, self.score.k)
+        """C: never fewer than are asked for, and no more where nothing re-ranks them."""
+        final = self.score.rank_by == "query" and self.score.reasoning == "none"
+        return self.score.k if final else max(self.score.num_candidates, self.score.k)
 
     def find(
         self, views: UserViews, condition: torch.Tensor, users: Users, seed: int, wanted: Sequence[str] = ("masked", "kept")

@@ -11,9 +11,9 @@ from launched import file_hashes
 from contrec_dist.__main__ import STAGES
 from contrec_dist.config import Config
 from contrec_dist.manifest import Manifest
+from contrec_dist.retrieval.recommendations import SCHEMA
 
 pytestmark = pytest.mark.timeout(900)
-SCHEMA = {"user_id": pl.String, "rank": pl.Int64, "item_id": pl.String, "score": pl.Float32, "reason": pl.String}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,7 @@ def test_metrics_have_the_keys_that_others_read(run):
 def test_every_user_gets_k_known_items_ranked_by_score(run, split):
     frame = _recommendations(run, split, "masked")
     assert dict(frame.schema) == SCHEMA
+    assert frame["model_version"].unique().to_list() == [Manifest.load(run.folder("model")).content_hash[:12]]
     users = pl.read_parquet(run.folder("catalog") / "users.parquet")["user_id"]
     assert frame["user_id"].unique(maintain_order=True).to_list() == users.to_list()
     assert set(frame["item_id"]) <= set(_items(run)["item_id"])
