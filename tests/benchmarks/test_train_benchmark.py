@@ -15,7 +15,7 @@ from contrec_dist.benchmarks.backbones import read_shape, write_random_backbone
 from contrec_dist.benchmarks.head_cost import measure_head
 from contrec_dist.benchmarks.memory import mark_peak_memory, peak_memory_bytes
 from contrec_dist.benchmarks.micro_batch import expected_peak
-from contrec_dist.config import BackboneConfig, Config, LoraConfig
+from contrec_dist.config import BackboneConfig, Config, HeadConfig, LoraConfig
 from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.manifest import hash_file
 from contrec_dist.model.backbone import load_backbone
@@ -100,7 +100,7 @@ def test_peer_and_head_are_measured_and_judged(measured):
     assert set(figures["peer"]["by_batch_size"]) == {"1", "2"}
     ours = figures["train"][0]["targets_per_second"]
     assert figures["peer"]["ratio_by_ranks"]["2"] == pytest.approx(ours / figures["peer"]["targets_per_second"])
-    assert set(figures["head"]) == {"config", "default"} and figures["head"]["default"]["width"] == 256
+    assert set(figures["head"]) == {"config", "default"} and figures["head"]["default"]["width"] == HeadConfig().width
     assert len(figures["goals"]) == 5
     json.dumps(figures)
 
