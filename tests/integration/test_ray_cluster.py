@@ -135,7 +135,7 @@ def strike(victim: str, nodes: TwoNodes, job: Command) -> None:
     elif victim == "worker":
         (nodes.workers(head) + nodes.workers(further))[0].kill()
     else:
-        assert all(nodes.workers(node) for node in (head, further))
+        wait_for(lambda: all(nodes.workers(node) for node in (head, further)), job, "a worker on either node")
         nodes.kill(head if victim == "head" else further)
 
 
