@@ -159,7 +159,9 @@ def test_precompute_survives_the_loss_of_any_part_and_its_files_are_those_of_an_
     finally:
         job.end()
     if victim in ("worker", "node"):
-        assert exit_code == 0 and "a worker died" in job.log, job.log
+        assert exit_code == 0, job.log
+        # The further node's worker may still be loading when it is lost: then no part of its own is made again.
+        assert victim == "node" or "a worker died" in job.log, job.log
     else:
         assert exit_code != 0 and not config.folder("tokens").exists(), job.log
         assert list((tmp_path / "run/.tokens.partial").rglob(".parts/**/*.json")), "the finished parts are gone"
