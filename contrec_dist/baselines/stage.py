@@ -20,13 +20,13 @@ from contrec_dist.manifest import MANIFEST_NAME, Manifest, run_stage
 from contrec_dist.progress import get_logger, track
 from contrec_dist.retrieval import metrics as m
 from contrec_dist.retrieval.pairing import Versions
-from contrec_dist.retrieval.ranking import FIRST_OVERFETCH, search_views
+from contrec_dist.retrieval.ranking import search_views
 from contrec_dist.retrieval.recommendations import SCHEMA, list_rows
 from contrec_dist.retrieval.top_k import empty_result
 from sharding.partition import part_ranges
 
 VIEWS = ("masked", "kept")
-SEEN_STEP = 16  # users whose numbers of seen items differ by less are searched together
+SEEN_STEP = 16  # the number of items asked for beyond k grows by this, so that users can be searched together
 CHOICE_CUT = 10
 
 
@@ -116,28 +116,23 @@ def recommend_views(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{'masked', 'kept'} -> (scores (B, k) float32, item_idx (B, k) int64): without and with what a user has seen.
 
-    Users are searched beside those with about as many seen items, and what is asked for beyond k is rounded up to steps of
-    SEEN_STEP: a beam search finds other items when it is wider, and a user's list must not depend on who else is scored.
+    Of every user k items and as many as it has seen are asked for, rounded up to steps of SEEN_STEP, whoever else is scored
+    beside it: a beam search finds other items when it is wider. Users who need as many are searched together.
     """
-    found = {view: empty_result(len(users), k) for view in VIEWS}
-    group = -(-np.minimum([len(history) for history in histories], FIRST_OVERFETCH) // SEEN_STEP)
-    for step in np.unique(group):
-        rows = np.flatnonzero(group == step)
-        views = _search_group(recommender, [histories[row] for row in rows], users[rows], k)
-        for view, (scores, items) in views.items():
-            found[view][0][rows], found[view][1][rows] = scores, items
-    return found
-
-
-def _search_group(recommender: Recommender, histories: list[np.ndarray], users: np.ndarray, k: int):
-    """Both views of users with about equally many seen items."""
+    num_seen = np.array([len(history) for history in histories], dtype=np.int64)
 
     def search(numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        rows, beyond = numbers[:, 0], -(-(count - k) // SEEN_STEP) * SEEN_STEP
-        return recommender.recommend([histories[row] for row in rows], k + beyond, users[rows])[::-1]
+        rows = numbers[:, 0]
+        beyond = -(-np.minimum(num_seen[rows], count - k) // SEEN_STEP) * SEEN_STEP
+        scores, items = empty_result(len(rows), count)
+        for width in np.unique(beyond):
+            own = np.flatnonzero(beyond == width)
+            found, ranked = recommender.recommend([histories[row] for row in rows[own]], k + int(width), users[rows[own]])[::-1]
+            scores[own, : k + width], items[own, : k + width] = found[:, :count], ranked[:, :count]
+        return scores, items
 
-    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
-    seen = np.concatenate(histories).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(num_seen)]).astype(np.int64)
+    seen = np.concatenate([*histories, np.empty(0, np.int64)]).astype(np.int64)
     return search_views(search, np.arange(len(users))[:, None], k, seen, offsets, VIEWS)
 
 

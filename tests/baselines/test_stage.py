@@ -139,11 +139,20 @@ def test_lists_that_masking_makes_short_are_refilled_and_a_user_does_not_depend_
         list(range(200, 210)), list(range(3, 13)), list(range(10))
     ]  # fmt: skip
     assert (views["kept"][1] == np.arange(10)).all()
-    asked = []
-    spy = SimpleNamespace(recommend=lambda batch, k, users: asked.append((len(batch), k)) or Popularity(counts).recommend(batch, k, users))
+    asked = {}
+
+    def recommend(batch, k, users):
+        for user in users:
+            asked.setdefault(int(user), []).append(k)
+        return Popularity(counts).recommend(batch, k, users)
+
+    spy = SimpleNamespace(recommend=recommend)
     recommend_views(spy, histories, np.arange(3), 10)
-    recommend_views(spy, histories[1:2], np.arange(1), 10)
-    assert asked[-1] == (1, 26) and (1, 26) in asked[:-1]  # 3 seen items, asked for as 16
+    assert asked == {0: [26, 218], 1: [26], 2: [10]}  # 200 seen items are asked for as 16, then as 208; 3 as 16
+    for user, history in enumerate(histories):
+        before = asked.pop(user)
+        recommend_views(spy, [history], np.array([user]), 10)
+        assert asked[user] == before
 
 
 def test_tiger_learns_what_follows_what(toy_runs, tmp_path):
