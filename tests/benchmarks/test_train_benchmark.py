@@ -84,7 +84,8 @@ def test_what_both_ranks_did_is_counted_step_by_step(measured, toy_tokens, data)
 def test_rates_and_mfu_follow_from_what_was_counted(measured):
     for one in measured[0]["train"]:
         assert one["targets_per_second"] == np.median([r["targets"] / r["seconds"] for r in one["repeats"]])
-        assert one["mfu"] == pytest.approx(one["flops_per_second"] / one["machine_flops_per_second"])
+        best = max(other["machine_flops_per_second"] for other in measured[0]["train"] if other["ranks"] == one["ranks"])
+        assert one["mfu"] == pytest.approx(one["flops_per_second"] / best)
         assert one["mfu"] > 0 and len(one["peak_bytes"]) == 2 and min(one["peak_bytes"]) > 50 * 2**20
         assert sum(one["flop_shares"].values()) == pytest.approx(1)
 

@@ -42,6 +42,12 @@ def test_rates_are_sums_over_ranks_and_medians_over_repeats(records):
     assert figures["flop_shares"] == {"backbone": 0.75, "head": 0.25}
 
 
+def test_mfu_is_taken_of_the_best_rate_of_the_run(records):
+    slow = [dict(one, matmul_flops_per_second=25) for one in records["train:a:3:2"]]
+    figures = summarise(records | {"train:a:2:2": slow, "train:a:2:1": slow}, Config(name="toy"))["train"]
+    assert [one["mfu"] for one in figures] == pytest.approx([40 / 200, 40 / 200, 40 / 50])
+
+
 def test_the_peer_is_compared_at_the_stage_of_the_config(records):
     records["train:a:0:2"] = [rank([1.0], [0.0], [100]), rank([1.0], [0.0], [100])]
     peer = summarise(records, Config(name="toy"))["peer"]
