@@ -1,13 +1,13 @@
 """An index over machines: every Ray actor opens a range of the shards, a search goes to all and is merged.
 
-Guarantees   the contract of top_k.py; with an exact factory the bytes of FaissShards, in any number of actors. An actor that
-             dies is started again by Ray, opens its shards again and is asked again: a search answers late, never wrongly,
-             and after MAX_DEATHS deaths in one search it fails by name.
-Cost         queries are put into the object store once; an answer is B x k numbers an actor. The shards' files must be readable
-             at the same path on every machine.
+Guarantees   the contract of top_k.py; with an exact factory the bytes of FaissShards, in any number of actors. An actor
+             that dies is started again by Ray, opens its shards again and is asked again: a search answers late, never
+             wrongly, and after MAX_DEATHS deaths in one search it fails by name.
+Cost         queries are put into the object store once; an answer is B x k numbers an actor. The shards' files must be
+             readable at the same path on every machine.
 
-The actors of the same shards have the same names inside a Ray job: the first process that opens them starts and owns them, the
-others find them. So a driver opens them before its workers do, and keeps them as long as they work.
+The actors of the same shards have the same names inside a Ray job: the first process that opens them starts and owns
+them, the others find them. So a driver opens them before its workers do, and keeps them as long as they work.
 """
 
 import hashlib
@@ -84,12 +84,13 @@ class RayFaissShards:
 
 
 class _ShardActor:
-    """Lives in a worker process and holds a range of the shards, which it opens when it is first asked, and again after a
-    restart: an error that its constructor raised would be known by nothing but the actor's death."""
+    """Lives in a worker process and holds a range of the shards, which it opens when it is first asked, and again after
+    a restart: an error that its constructor raised would be known by nothing but the actor's death.
+    """
 
     def __init__(self, files: list[ShardFile], layout: dict, device: str, memory_map: bool, num_threads: int):
-        self.files, self.layout, self.device, self.memory_map, self.num_threads = files, layout, device, memory_map, num_threads
-        self.shards = None
+        self.files, self.layout, self.num_threads = files, layout, num_threads
+        self.device, self.memory_map, self.shards = device, memory_map, None
 
     def describe(self) -> dict:
         """Items that a search can return, and the process."""
@@ -112,7 +113,7 @@ class _ShardActor:
 def _start_actor(files: list[ShardFile], layout: dict, index: IndexConfig, workers: RayConfig):
     threads = max(1, int(workers.cpus_per_worker))
     options = {
-        "num_cpus": 0,  # they work while the workers that ask them wait: to reserve a CPU for each could leave these none
+        "num_cpus": 0,  # they work while the workers that ask them wait, which reserving CPUs could leave none
         "num_gpus": workers.gpus_per_worker if index.device != "cpu" else 0,
         "max_restarts": -1,
         "max_task_retries": MAX_DEATHS,
@@ -142,4 +143,6 @@ def _fetch(references: list) -> list:
         raise error.cause from None
     except RayError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ArtifactError("index", f"a search actor that died ({type(error).__name__}: {reason})", "living actors") from error
+        raise ArtifactError(
+            "index", f"a search actor that died ({type(error).__name__}: {reason})", "living actors"
+        ) from error

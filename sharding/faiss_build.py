@@ -1,9 +1,9 @@
 """Writing an index: trained once, then shard after shard filled, written and dropped.
 
-Guarantees   all shards share one codebook; the files are a function of vectors, ids and settings; recall@10 is measured on
-             what was written, and refused below `min_recall`.
-Cost         memory: one shard, and the rows that train it; `vectors` may be a memory-mapped array of any size. Measuring maps
-             the written shards into memory instead of loading them.
+Guarantees   all shards share one codebook; the files are a function of vectors, ids and settings; recall@10 is measured
+             on what was written, and refused below `min_recall`.
+Cost         memory: one shard, and the rows that train it; `vectors` may be a memory-mapped array of any size.
+             Measuring maps the written shards into memory instead of loading them.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 
 from contrec_dist.config import IndexConfig
 from contrec_dist.errors import ConfigError, DataError
-from contrec_dist.retrieval.top_k import CHUNK_ROWS, Metric, check_metric, check_vectors, largest_norm
+from contrec_dist.retrieval.top_k import Metric, check_metric, check_vectors, largest_norm
 from sharding.faiss_factory import POINTS_PER_CENTROID, choose_factory, find_inverted, make_index, parameter_ladders
 from sharding.faiss_files import LAYOUT_FORMAT, list_shards, read_trained, write_layout, write_shard, write_trained
 from sharding.faiss_groups import open_groups, prepare_reconstruction
@@ -23,13 +23,19 @@ ADD_ROWS = 131_072  # rows of the catalogue that are held while a shard is fille
 
 
 def build_shards(
-    vectors: np.ndarray, ids: np.ndarray, folder: Path, config: IndexConfig, metric: Metric, queries_for_recall: np.ndarray
+    vectors: np.ndarray,
+    ids: np.ndarray,
+    folder: Path,
+    config: IndexConfig,
+    metric: Metric,
+    queries_for_recall: np.ndarray,
 ) -> dict:
     """Write the shards of a catalogue and, last, their layout, which is returned.
 
     Shapes   vectors (N, Q) float32, ids (N,) int64, queries_for_recall (P, Q) float32
     Errors   DataError for NaN, infinity, repeated or negative ids; ConfigError for a factory that FAISS refuses, more
-             shards than items, a memory_bytes that nothing fits, or a recall below config.min_recall (with the figures).
+             shards than items, a memory_bytes that nothing fits, or a recall below config.min_recall (with the
+             figures).
     """
     order, ids = check_catalogue(vectors, ids, metric)
     if not 1 <= config.num_shards <= len(ids):
@@ -51,7 +57,9 @@ def build_shards(
     return layout
 
 
-def extend_shards(like: Path, layout: dict, vectors: np.ndarray, ids: np.ndarray, folder: Path, num_shards: int = 1) -> dict:
+def extend_shards(
+    like: Path, layout: dict, vectors: np.ndarray, ids: np.ndarray, folder: Path, num_shards: int = 1
+) -> dict:
     """Write further vectors as an index of their own with the codebook and the parameters of the index in `like`.
 
     Shapes   vectors (n, Q) float32, ids (n,) int64
@@ -88,7 +96,7 @@ def check_catalogue(vectors: np.ndarray, ids: np.ndarray, metric: str) -> tuple[
 
 
 def train_index(vectors: np.ndarray, factory: str, metric: Metric, train_rows: int) -> faiss.Index:
-    """An empty index of this factory, trained on rows spread evenly over the catalogue: 64 a centroid, at most train_rows."""
+    """An empty index, trained on rows spread evenly over the catalogue: 64 a centroid, at most train_rows."""
     index = make_index(vectors.shape[1], factory, FAISS_METRICS[metric])
     if not index.is_trained:
         num_lists = parameter_ladders(factory).get("nprobe", [0])[-1]
@@ -97,12 +105,20 @@ def train_index(vectors: np.ndarray, factory: str, metric: Metric, train_rows: i
         try:
             index.train(np.ascontiguousarray(vectors[rows]))
         except RuntimeError as error:
-            raise ConfigError("index.factory", f"'{factory}' ({error})", f"one that {len(rows)} rows can train") from None
+            raise ConfigError(
+                "index.factory", f"'{factory}' ({error})", f"one that {len(rows)} rows can train"
+            ) from None
     return index
 
 
 def fill_shards(
-    trained: faiss.Index, factory: str, vectors: np.ndarray, order: np.ndarray | None, ids: np.ndarray, folder: Path, num_shards: int
+    trained: faiss.Index,
+    factory: str,
+    vectors: np.ndarray,
+    order: np.ndarray | None,
+    ids: np.ndarray,
+    folder: Path,
+    num_shards: int,
 ) -> list[dict]:
     """Write the shards, equal ranges of ids, one after another; returns their records. `order`: the row of each id."""
     cuts = np.linspace(0, len(ids), num_shards + 1).astype(np.int64)

@@ -1,8 +1,8 @@
 """Where FAISS shards are searched: on the CPU, or as copies on the GPUs where faiss-gpu and a GPU are there.
 
-Shards are spread over the GPUs in turn. The CPU index stays beside its copy: lists longer than faiss-gpu selects, and exact
-scores, come from it. faiss-gpu has no form of graphs, of PQx4fs and of Refine, so a catalogue that is to be searched on GPUs
-names another factory (IVFn,Flat).
+Shards are spread over the GPUs in turn. The CPU index stays beside its copy: lists longer than faiss-gpu selects, and
+exact scores, come from it. faiss-gpu has no form of graphs, of PQx4fs and of Refine, so a catalogue that is to be
+searched on GPUs names another factory (IVFn,Flat).
 """
 
 import faiss
@@ -24,7 +24,9 @@ def will_use_gpus(device: str, factory: str) -> bool:
     if device == "gpu" and not num_gpus:
         raise ConfigError("index.device", "gpu", "faiss-gpu (the extra 'gpu') and a GPU, or device cpu or auto")
     if device == "gpu" and cpu_only:
-        raise ConfigError("index.device", f"gpu, with '{factory}'", "cpu for this index.factory, or index.factory=IVFn,Flat")
+        raise ConfigError(
+            "index.device", f"gpu, with '{factory}'", "cpu for this index.factory, or index.factory=IVFn,Flat"
+        )
     return device != "cpu" and num_gpus > 0 and not cpu_only
 
 
@@ -38,7 +40,9 @@ def copy_to_gpus(indexes: list[faiss.Index], device: str, parameters: dict[str, 
         copies = [_copy_to_gpu(index, number % num_gpus, parameters) for number, index in enumerate(indexes)]
     except RuntimeError as error:
         if device == "gpu":
-            raise ConfigError("index.device", f"gpu ({str(error).splitlines()[0]})", "cpu for this index.factory") from None
+            raise ConfigError(
+                "index.device", f"gpu ({str(error).splitlines()[0]})", "cpu for this index.factory"
+            ) from None
         log.info("search on CPU: FAISS has no GPU form of this index")
         return [None] * len(indexes)
     log.info("search on GPU: %d shards on %d GPUs", len(indexes), num_gpus)

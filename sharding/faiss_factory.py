@@ -3,18 +3,18 @@
 A factory is any string of faiss.index_factory. 'auto' takes, of the first that fit `memory_bytes`:
 
     up to 200,000 items    Flat                          every vector visited
-    above                  IVFn,PQdx4fsr,RFlat           4 bits a dimension scanned in registers, the best ones scored again
+    above                  IVFn,PQdx4fsr,RFlat           4 bits a dimension scanned in registers, the best scored again
                            IVFn,PQdx4fsr,Refine(SQfp16)  with half, or a quarter, of the bytes for that second look
                            IVFn,PQdx4fsr,Refine(SQ8)
                            IVFn,SQ8                      one byte a dimension, nothing else
 
-with n, the lists, about 2 sqrt(N). One dimension a sub-quantiser fits every width, keeps a column that differs from the others
-(the bias of item vectors) apart from them, and orders candidates well enough that few are scored again. Codes are of what a
-list's centroid leaves over (fsr), which for inner products costs nothing; for L2 it would cost a table a list, so there they
-are of the vectors (fs).
+with n, the lists, about 2 sqrt(N). One dimension a sub-quantiser fits every width, keeps a column that differs from the
+others (the bias of item vectors) apart from them, and orders candidates well enough that few are scored again. Codes
+are of what a list's centroid leaves over (fsr), which for inner products costs nothing; for L2 it would cost a table a
+list, so there they are of the vectors (fs).
 
-Search parameters: nprobe (IVF: lists visited), efSearch (HNSW: width of the walk), k_factor_rf (RFlat and Refine: candidates
-scored again, per result).
+Search parameters: nprobe (IVF: lists visited), efSearch (HNSW: width of the walk), k_factor_rf (RFlat and Refine:
+candidates scored again, per result).
 """
 
 import math
@@ -32,7 +32,7 @@ MAX_EF_SEARCH = 4096
 MAX_REFINE_FACTOR = 64
 POINTS_PER_CENTROID = 64  # more rows move the centroids less than what recall can tell
 TRAIN_ITERATIONS = 8
-# Cost of a search in bytes read one after another; a vector that lies anywhere in memory costs as much as several times its bytes.
+# Costs are bytes read one after another; a vector anywhere in memory costs as much as several times its bytes.
 SCATTERED_BYTES_FACTOR = 6
 LIST_OVERHEAD_BYTES = 4096
 
@@ -49,7 +49,9 @@ def choose_factory(factory: str, num_items: int, dim: int, metric: Metric, memor
         if not memory_bytes or num_bytes <= memory_bytes:
             return name
     smallest = min(options.values())
-    raise ConfigError("index.memory_bytes", memory_bytes, f"at least {smallest} for {num_items} items of width {dim}, or 0")
+    raise ConfigError(
+        "index.memory_bytes", memory_bytes, f"at least {smallest} for {num_items} items of width {dim}, or 0"
+    )
 
 
 def count_lists(num_items: int) -> int:

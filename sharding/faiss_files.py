@@ -63,7 +63,9 @@ def read_trained(folder: Path) -> faiss.Index:
     try:
         return faiss.read_index(str(path))
     except RuntimeError as error:
-        raise ArtifactError(path, str(error).splitlines()[0], "the codebook that stage index writes; run it again") from None
+        raise ArtifactError(
+            path, str(error).splitlines()[0], "the codebook that stage index writes; run it again"
+        ) from None
 
 
 def write_layout(folder: Path, layout: dict) -> None:
@@ -86,13 +88,15 @@ def list_shards(folder: Path, layout: dict, removed: np.ndarray = NO_IDS) -> lis
     """The shards of a folder, `removed` ids left out of every search."""
     folder = Path(folder)
     return [
-        ShardFile(folder / record["file"], folder / record["ids_file"], record["num_items"], record["max_norm"], removed)
+        ShardFile(
+            folder / record["file"], folder / record["ids_file"], record["num_items"], record["max_norm"], removed
+        )
         for record in layout["shards"]
     ]
 
 
 def read_shard(shard: ShardFile, dim: int, *, memory_map: bool = False) -> tuple[faiss.Index, np.ndarray]:
-    """The index and the ids of a shard; memory-mapped: vectors stay in the file, and the system reads what is asked for.
+    """The index and the ids of a shard; memory-mapped: vectors stay in the file and are read when asked for.
 
     Errors   ArtifactError naming the file that is missing or does not fit
     """

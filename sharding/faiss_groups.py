@@ -3,8 +3,8 @@
 Shards are how a catalogue is cut for writing and for placing it on machines. Inside one process a cut costs: the coarse
 quantiser runs once a shard, and each shard scores candidates again. So shards of one codebook are joined when they are
 opened, and any number of them answers with the speed and the bits of one. Not joined are graphs (HNSW), memory-mapped
-files, which nothing may be added to, and copies on GPUs, one a shard, spread over the GPUs: there the search fans out and
-the results are merged.
+files, which nothing may be added to, and copies on GPUs, one a shard, spread over the GPUs: there the search fans out
+and the results are merged.
 """
 
 import os
@@ -30,7 +30,7 @@ Piece, Result = TypeVar("Piece"), TypeVar("Result")
 
 @dataclass(slots=True)
 class Group:
-    """One searchable index: the id of every row, which rows are removed, and what an exact search must know of its rounding."""
+    """One searchable index: every row's id, whether it is removed, and what exact search must know of its rounding."""
 
     index: faiss.Index
     ids: np.ndarray
@@ -44,8 +44,8 @@ class Group:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The group's k best by the contract, as ids. Shapes  (B, Q) -> (B, k) float32, (B, k) int64
 
-        An exact search is one matrix product over all queries; any other is cut into one piece a thread, so that every step
-        of it, and not FAISS's alone, runs on all cores.
+        An exact search is one matrix product over all queries; any other is cut into one piece a thread, so that every
+        step of it, and not FAISS's alone, runs on all cores.
         """
         num_threads = faiss.omp_get_max_threads()
         num_pieces = 1 if self.exact else max(1, min(num_threads, len(queries) // MIN_QUERIES_PER_THREAD))
@@ -131,7 +131,9 @@ def prepare_reconstruction(index: faiss.Index, factory: str) -> None:
         if index.ntotal:
             index.reconstruct_batch(np.zeros(1, dtype=np.int64))
     except RuntimeError as error:
-        raise ConfigError("index.factory", f"'{factory}' ({error})", "one whose stored vectors can be read back") from None
+        raise ConfigError(
+            "index.factory", f"'{factory}' ({error})", "one whose stored vectors can be read back"
+        ) from None
 
 
 def _open_group(file: ShardFile, layout: dict, memory_map: bool) -> Group:

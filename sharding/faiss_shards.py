@@ -1,10 +1,10 @@
 """A catalogue of vectors split by item ranges into FAISS shards: build, open, search.
 
-Stage `index` builds, `score` searches. Guarantees: `search` keeps the contract of contrec_dist/retrieval/top_k.py; the ids
-that come back are the caller's int64 ids (item_idx), one a row, never repeated; with the factory 'Flat' any number of shards
-gives the same bytes as exact_top_k, duplicated vectors included; any other factory has its recall@10 measured when it is
-built and is refused below `min_recall`. An index that needs training is trained once, so all shards share one codebook, and
-one process searches them as one index (faiss_groups.py).
+Stage `index` builds, `score` searches. Guarantees: `search` keeps the contract of contrec_dist/retrieval/top_k.py; the
+ids that come back are the caller's int64 ids (item_idx), one a row, never repeated; with the factory 'Flat' any number
+of shards gives the same bytes as exact_top_k, duplicated vectors included; any other factory has its recall@10 measured
+when it is built and is refused below `min_recall`. An index that needs training is trained once, so all shards share
+one codebook, and one process searches them as one index (faiss_groups.py).
 
 Files: faiss_files.py. How they are written: faiss_build.py. Over machines: faiss_actors.py.
 """

@@ -1,6 +1,7 @@
-"""The cheapest search that finds enough: parameters are chosen at build time by measured recall@10 against exact search.
+"""The cheapest search that finds enough: parameters chosen at build time by measured recall@10 against exact search.
 
-The choice is by an estimate of the bytes that a query reads and not by the clock, so the same vectors give the same files.
+The choice is by an estimate of the bytes that a query reads and not by the clock, so the same vectors give the same
+files.
 """
 
 import itertools
@@ -44,9 +45,10 @@ def tune_groups(
 class JoinedRecall:
     """Recall@10 of the shards as one process searches them, joined, while they lie apart in memory-mapped files.
 
-    Apart, each shard would score its own best again, and together they would look better than the joined index is. So the
-    candidates of all shards are brought into the order of their rough scores first, as the joined index has them; what
-    k_factor_rf lets through is scored again by stored vectors. One search at the largest k_factor_rf tells of all smaller ones.
+    Apart, each shard would score its own best again, and together they would look better than the joined index is. So
+    the candidates of all shards are brought into the order of their rough scores first, as the joined index has them;
+    what k_factor_rf lets through is scored again by stored vectors. One search at the largest k_factor_rf tells of all
+    smaller ones.
     """
 
     def __init__(self, groups: list[Group], factory: str, queries: np.ndarray, wanted: np.ndarray):
@@ -79,12 +81,13 @@ class JoinedRecall:
         return best_first(scores, ids, min(self.largest, ids.shape[1]))[1]
 
     def _score_stored(self, ids: np.ndarray) -> np.ndarray:
-        """Scores by the vectors that the index stores, which are not quite the ones that it was given. (P, C) -> (P, C) float32"""
+        """Scores by the vectors that the index stores, which are not quite the given ones. (P, C) -> (P, C) float32"""
         scores = np.full(ids.shape, -np.inf, dtype=np.float32)
         for group in self.groups:
             rows = np.minimum(np.searchsorted(group.ids, ids), len(group.ids) - 1)
             here = (ids >= 0) & (group.ids[rows] == ids)
-            places = np.argsort(~here, axis=1, kind="stable")[:, : here.sum(axis=1).max()]  # the group's own, and few others
+            width = int(here.sum(axis=1).max())
+            places = np.argsort(~here, axis=1, kind="stable")[:, :width]  # the group's own, and few others
             own = np.where(np.take_along_axis(here, places, axis=1), np.take_along_axis(rows, places, axis=1), -1)
             found = score_candidates(self.queries, own, group.index.reconstruct_batch, group.metric)
             np.put_along_axis(scores, places, np.maximum(found, np.take_along_axis(scores, places, axis=1)), axis=1)
@@ -99,8 +102,8 @@ def find_cheapest(
 ) -> tuple[Parameters, float]:
     """The setting of lowest cost that reaches min_recall, or else the largest one; and the recall of it.
 
-    Recall rises with every parameter, so each one's smallest useful value is found first, with the others at their largest,
-    and a setting below one that failed is not measured.
+    Recall rises with every parameter, so each one's smallest useful value is found first, with the others at their
+    largest, and a setting below one that failed is not measured.
     """
     largest = {name: values[-1] for name, values in ladders.items()}
     floors = {}
@@ -150,7 +153,9 @@ def exact_ids(vectors: np.ndarray, ids: np.ndarray, queries: np.ndarray, metric:
     return found
 
 
-def _fetch_blocks(queries: np.ndarray, vectors: np.ndarray, count: int, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+def _fetch_blocks(
+    queries: np.ndarray, vectors: np.ndarray, count: int, metric: Metric
+) -> tuple[np.ndarray, np.ndarray]:
     """FAISS's exact search, block after block."""
     best = empty_result(len(queries), count)
     for start in range(0, len(vectors), BLOCK_ROWS):

@@ -6,10 +6,11 @@
     live/removed/000003-<segment>.npy   rising ids that version 3 leaves out of a segment
     live/items/000003.parquet       every item that joined, changed or left since version 0
 
-Version 0 is the folder that stage `index` wrote; its segment is called "base" and is never touched. Files of a version carry
-its number and are complete before CURRENT names it, so a reader finds the old version or the new one, whole; one that opened a
-version goes on with it. A process killed before the switch leaves files that no version names and that the next change with
-that number removes. Files that none of the last `kept_versions` names are removed after the switch.
+Version 0 is the folder that stage `index` wrote; its segment is called "base" and is never touched. Files of a version
+carry its number and are complete before CURRENT names it, so a reader finds the old version or the new one, whole; one
+that opened a version goes on with it. A process killed before the switch leaves files that no version names and that
+the next change with that number removes. Files that none of the last `kept_versions` names are removed after the
+switch.
 
 One writer at a time: the caller holds a lock.
 """
@@ -80,7 +81,9 @@ class IndexVersion:
         """Hash of what is searched; of version 0: the stage's."""
         if self.number == 0:
             return self.base_hash
-        return hash_json({"base": self.base_hash, "segments": [asdict(one) for one in self.segments], "number": self.number})
+        return hash_json(
+            {"base": self.base_hash, "segments": [asdict(one) for one in self.segments], "number": self.number}
+        )
 
 
 class VersionStore:
@@ -122,7 +125,9 @@ class VersionStore:
             except (ArtifactError, OSError):
                 if self.current().number == version.number:
                     raise
-        raise ArtifactError(self.folder, "versions that change faster than they can be opened", "one that stays a moment")
+        raise ArtifactError(
+            self.folder, "versions that change faster than they can be opened", "one that stays a moment"
+        )
 
     def segment_folder(self, segment: Segment | str) -> Path:
         """Where a segment lies."""
@@ -174,7 +179,10 @@ class VersionStore:
 
     def _check_base(self, version: IndexVersion) -> IndexVersion:
         if version.base_hash != self.version_0.base_hash:
-            got, expected = f"changes to index {version.base_hash[:16]}", f"index {self.version_0.base_hash[:16]}, which is there now"
+            got, expected = (
+                f"changes to index {version.base_hash[:16]}",
+                f"index {self.version_0.base_hash[:16]}, which is there now",
+            )
             raise ForeignVersion(self.folder, got, f"changes to {expected}")
         return version
 

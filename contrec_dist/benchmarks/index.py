@@ -1,12 +1,13 @@
-"""The FAISS index at scale: exact search, the index that `auto` chooses, and the same index in several shards, in one run.
+"""The FAISS index at scale: exact search, the index that `auto` chooses, and that one in several shards, in one run.
 
-Vectors are drawn unless --vectors names a .npy file: a mixture of Gaussians whose cluster sizes fall by a power law; each
-cluster varies along few directions of its own (as real item vectors do, whose local dimension is 10-30 of 128), plus noise in
-all directions; rows are scaled to unit length. Queries are further draws of the same mixture, none of them in the catalogue
-(of a file: rows of it, held out). Recall is measured on queries that the build has not seen.
+Vectors are drawn unless --vectors names a .npy file: a mixture of Gaussians whose cluster sizes fall by a power law;
+each cluster varies along few directions of its own (as real item vectors do, whose local dimension is 10-30 of 128),
+plus noise in all directions; rows are scaled to unit length. Queries are further draws of the same mixture, none of
+them in the catalogue (of a file: rows of it, held out). Recall is measured on queries that the build has not seen.
 
-Exact search is given its own best: the product's path (FAISS, blocked fp32 products), and bf16 products by torch whose best
-candidates are scored again in fp32. The measured searches take turns, so that a slow moment of the machine meets all of them.
+Exact search is given its own best: the product's path (FAISS, blocked fp32 products), and bf16 products by torch whose
+best candidates are scored again in fp32. The measured searches take turns, so that a slow moment of the machine meets
+all of them.
 """
 
 import os
@@ -33,7 +34,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--metric", choices=["inner_product", "l2"], default="inner_product")
     parser.add_argument("--factory", default="auto", help="index.factory")
     parser.add_argument("--memory_bytes", type=int, default=0, help="index.memory_bytes")
-    parser.add_argument("--min_recall", type=float, default=0.99, help="lowest recall@10 on queries that the build has not seen")
+    parser.add_argument(
+        "--min_recall", type=float, default=0.99, help="lowest recall@10 on queries that the build has not seen"
+    )
     parser.add_argument("--recall_queries", type=int, default=2000, help="queries on which the build measures recall")
     parser.add_argument("--num_queries", type=int, default=8192, help="queries a timed search of an approximate index")
     parser.add_argument("--exact_queries", type=int, default=1024, help="queries a timed exact search, and for recall")
@@ -94,7 +97,8 @@ def measure_index(parsed, vectors: np.ndarray, queries: np.ndarray, folder: Path
 
     from contrec_dist.benchmarks.machine import matmul_flops_per_second
 
-    tune_queries, queries = queries[: parsed.recall_queries], queries[parsed.recall_queries :]
+    cut = min(parsed.recall_queries, len(queries) // 2)  # a file may hold few
+    tune_queries, queries = queries[:cut], queries[cut:]
     few = queries[: parsed.exact_queries]
     flat, flat_facts = build_index(parsed, vectors, tune_queries, folder / "flat", "Flat", 1)
     one, one_facts = build_index(parsed, vectors, tune_queries, folder / "one", parsed.factory, 1)
@@ -127,7 +131,9 @@ def build_index(parsed, vectors, queries, folder: Path, factory: str, num_shards
     get_logger("benchmark").info("building %s in %d shards", factory, num_shards)
     config = IndexConfig(factory=factory, num_shards=num_shards, device="cpu", memory_bytes=parsed.memory_bytes)
     # The build sees other queries than the measurement: a margin of two standard errors of their share.
-    config.min_recall = parsed.min_recall + 2 * (parsed.min_recall * (1 - parsed.min_recall) / (K * len(queries))) ** 0.5
+    config.min_recall = (
+        parsed.min_recall + 2 * (parsed.min_recall * (1 - parsed.min_recall) / (K * len(queries))) ** 0.5
+    )
     few = queries[:64] if factory == "Flat" else queries
     started, before = time.perf_counter(), _memory_bytes()
     shards = FaissShards.build(vectors, np.arange(len(vectors)), folder, config, parsed.metric, few)
@@ -166,7 +172,10 @@ def compare(parsed, vectors: np.ndarray, rows: dict[str, dict], rates: dict[str,
         "num_items": len(vectors),
         "dim": vectors.shape[1],
         "metric": parsed.metric,
-        "vectors": str(parsed.vectors or f"mixture: rank {RANK}, spread {CLUSTER_SPREAD}, noise {NOISE}, sizes ~ r^-{SIZE_EXPONENT}"),
+        "vectors": str(
+            parsed.vectors
+            or f"mixture: rank {RANK}, spread {CLUSTER_SPREAD}, noise {NOISE}, sizes ~ r^-{SIZE_EXPONENT}"
+        ),
         "flops_per_second": rates,
         "exact_share_of_fp32": exact["queries_per_second"] * flops_per_query / rates["fp32"],
         "best_exact": baseline,
@@ -210,7 +219,7 @@ def print_figures(figures: dict) -> None:
 
     title = f"{figures['num_items']} vectors x {figures['dim']}, {figures['metric']}, recall@{K}"
     table = Table(title=title)
-    for column in ("search", "factory", "parameters", "recall", "queries/s", "x exact", "x best exact", "build s", "MB"):
+    for column in "search|factory|parameters|recall|queries/s|x exact|x best exact|build s|MB".split("|"):
         table.add_column(column)
     for name, row in figures["searches"].items():
         parameters = " ".join(f"{key}={value}" for key, value in row.get("parameters", {}).items())
@@ -223,7 +232,7 @@ def print_figures(figures: dict) -> None:
     console.print(table)
     rates = figures["flops_per_second"]
     console.print(
-        f"matrix products: {rates['fp32'] / 1e9:.0f} GFLOP/s fp32, {rates['bf16'] / 1e9:.0f} bf16; exact search runs at "
+        f"matrix products: {rates['fp32'] / 1e9:.0f} GFLOP/s fp32, {rates['bf16'] / 1e9:.0f} bf16; exact search at "
         f"{figures['exact_share_of_fp32']:.0%} of fp32; split shards at {figures['split_share_of_one']:.0%} of one"
     )
 

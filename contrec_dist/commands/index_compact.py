@@ -6,7 +6,9 @@ from contrec_dist.config import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all", action="store_true", help="every segment with a removed row, and all that joined as one")
+    parser.add_argument(
+        "--all", action="store_true", help="every segment with a removed row, and all that joined as one"
+    )
 
 
 def run(config: Config, parsed: argparse.Namespace) -> int:

@@ -7,11 +7,16 @@ from contrec_dist.config import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--items", type=Path, required=True, help="CSV, Parquet or JSON Lines by the source's column names")
+    parser.add_argument(
+        "--items", type=Path, required=True, help="CSV, Parquet or JSON Lines by the source's column names"
+    )
 
 
 def run(config: Config, parsed: argparse.Namespace) -> int:
-    """Exit code 0. Errors   DataError naming every wrong row, or every id that is not in the index; nothing is changed then."""
+    """Exit code 0.
+
+    Errors   DataError naming every wrong row, or every id that is not in the index; nothing is changed then
+    """
     from contrec_dist.manifest import lock_folder
     from contrec_dist.retrieval.current_index import LIVE_FOLDER
     from contrec_dist.retrieval.live_index import LiveIndex

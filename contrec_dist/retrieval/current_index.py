@@ -5,8 +5,8 @@
     index.items["item_id"].gather(...)      row i is item_idx i; items that left stay in the table, `live` false
     index.version                           12 letters of its content hash: what a recommendation names
 
-Where `contrec index add` and its sisters were never used, that is what stage `index` wrote. Changes to an index that has been
-built again since are not searched: a warning names both hashes, and `contrec index replay` brings them over.
+Where `contrec index add` and its sisters were never used, that is what stage `index` wrote. Changes to an index that
+has been built again since are not searched: a warning names both hashes, and `contrec index replay` brings them over.
 """
 
 from dataclasses import dataclass
@@ -53,14 +53,15 @@ class CurrentIndex:
 
 
 class OverlaidRows:
-    """Rows of an array by item_idx, some of them, and those past its end, from somewhere else. Read as a numpy array is.
+    """Rows of an array by item_idx; some, and those past its end, from somewhere else. Read as a numpy array is.
 
     Shapes   base (N, ...), overlay (m, ...), overlay_idx (m,) int64, rising
     """
 
     def __init__(self, base: np.ndarray, overlay_idx: np.ndarray, overlay: np.ndarray):
         self.base, self.overlay_idx, self.overlay = base, overlay_idx, overlay
-        self.shape, self.dtype = (max(len(base), int(overlay_idx[-1]) + 1 if len(overlay_idx) else 0), *base.shape[1:]), base.dtype
+        num_rows = max(len(base), int(overlay_idx[-1]) + 1 if len(overlay_idx) else 0)
+        self.shape, self.dtype = (num_rows, *base.shape[1:]), base.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -88,8 +89,8 @@ def open_store(config: Config) -> VersionStore:
 def open_current(config: Config, spaces: Sequence[str] | None = None, *, number: int | None = None) -> CurrentIndex:
     """Open a version in some spaces (None: all of the index; none of them: item table and arrays alone).
 
-    number: the version of a job that began with it, so that all its workers, and those that start again, search the same;
-    None: the newest. index.search says by what: this process, or Ray actors of the session that is running.
+    number: the version of a job that began with it, so that all its workers, and those that start again, search the
+    same; None: the newest. index.search says by what: this process, or Ray actors of the session that is running.
     Errors   ArtifactError when the index is not complete, a space is not in it, or that version is no longer kept
     """
     store = open_store(config)

@@ -4,8 +4,9 @@
     query     model/item_vectors.npy (N, Q + 1), last column the bias      inner product   index/query/
     latent    normalised item latents, flattened (N, K * Z)                L2              index/latent/
 
-Guarantees: the ids are the catalogue's item_idx; every space's recall@10 against exact search is measured and refused below
-`index.min_recall`. Cost: one shard in memory, and the rows that train it; the disk holds the vectors once more meanwhile.
+Guarantees: the ids are the catalogue's item_idx; every space's recall@10 against exact search is measured and refused
+below `index.min_recall`. Cost: one shard in memory, and the rows that train it; the disk holds the vectors once more
+meanwhile.
 
 What joins, leaves and is replaced later lies beside the folder, which is never changed: live_index.py.
 """
@@ -31,7 +32,9 @@ def run(config: Config) -> Manifest:
     unknown = [space for space in config.index.spaces if space not in SPACES]
     if unknown or not config.index.spaces:
         raise ConfigError("index.spaces", config.index.spaces, f"some of {sorted(SPACES)}")
-    will_use_gpus(config.index.device, config.index.factory)  # a device that is not there is refused before the building
+    will_use_gpus(
+        config.index.device, config.index.factory
+    )  # a device that is not there is refused before the building
     return run_stage(
         config,
         stage="index",
@@ -88,7 +91,9 @@ def open_latent_space(config: Config) -> tuple[SpaceRows, np.ndarray]:
     folder = config.folder("tokens")
     mean, std = (np.load(folder / f"{name}.npy") for name in ("latent_mean", "latent_std"))
     if not (np.isfinite(std).all() and (std > 0).all()):
-        raise ArtifactError(folder / "latent_std.npy", "a standard deviation that is 0 or not finite", "positive numbers")
+        raise ArtifactError(
+            folder / "latent_std.npy", "a standard deviation that is 0 or not finite", "positive numbers"
+        )
 
     def normalise(latents: np.ndarray) -> np.ndarray:
         return ((latents - mean) / std).astype(np.float32, copy=False).reshape(len(latents), mean.size)

@@ -1,12 +1,12 @@
 """Changes to the living index: items join, leave, are replaced; segments are written again without what left.
 
-Each change is one new version of every space at once (sharding/faiss_versions.py), made from the stage's output and never by
-touching it, and is refused as a whole where a single item of it is wrong. An item_id keeps its item_idx for ever: new items
-continue after the catalogue, and one that comes back gets the number that it had.
+Each change is one new version of every space at once (sharding/faiss_versions.py), made from the stage's output and
+never by touching it, and is refused as a whole where a single item of it is wrong. An item_id keeps its item_idx for
+ever: new items continue after the catalogue, and one that comes back gets the number that it had.
 
     index_live/segments/000003/{query,latent}/    the FAISS shards of the rows that joined
     index_live/segments/000003/ids.npy            their item_idx, rising
-    index_live/segments/000003/encoded/           item_idx.npy, embeddings.npy, latents.npy, vectors.npy of items of a file
+    index_live/segments/000003/encoded/           item_idx, embeddings, latents, vectors (.npy) of items of a file
     index_live/changes/000003.parquet             what was asked: kind, item_id, title, category, brand, text
 """
 
@@ -59,7 +59,9 @@ class LiveIndex:
         table = self._table()
         known = table.filter("live").join(items, on="item_id", how="semi")["item_id"].to_list()
         if known:
-            raise DataError("items", f"{len(known)} ids that are in the index: {', '.join(known)}", "new ids, or `index replace`")
+            raise DataError(
+                "items", f"{len(known)} ids that are in the index: {', '.join(known)}", "new ids, or `index replace`"
+            )
         return self._join("add", items, table)
 
     def replace(self, items: pl.DataFrame) -> IndexVersion:
@@ -70,7 +72,9 @@ class LiveIndex:
         table = self._table()
         unknown = items.join(table.filter("live"), on="item_id", how="anti", maintain_order="left")["item_id"].to_list()
         if unknown:
-            raise DataError("items", f"{len(unknown)} unknown ids: {', '.join(unknown)}", "ids of the index, or `index add`")
+            raise DataError(
+                "items", f"{len(unknown)} unknown ids: {', '.join(unknown)}", "ids of the index, or `index add`"
+            )
         return self._join("replace", items, table)
 
     def remove(self, item_ids: Sequence[str], *, missing_ok: bool = False) -> IndexVersion:
@@ -83,7 +87,9 @@ class LiveIndex:
         found = asked.join(table.filter("live"), on="item_id", how="inner", maintain_order="left")
         unknown = asked.join(found, on="item_id", how="anti", maintain_order="left")["item_id"].to_list()
         if unknown and not missing_ok:
-            raise DataError("items", f"{len(unknown)} unknown ids: {', '.join(unknown)}", "ids of the index, or --missing_ok")
+            raise DataError(
+                "items", f"{len(unknown)} unknown ids: {', '.join(unknown)}", "ids of the index, or --missing_ok"
+            )
         if unknown:
             get_logger("index").info("%d ids are not in the index", len(unknown))
         if found.is_empty():
@@ -94,8 +100,8 @@ class LiveIndex:
         return self._publish(change, segments, change.version.next_id, rows, "remove")
 
     def compact(self, *, everything: bool = False) -> IndexVersion:
-        """Write segments again without the rows that left: those above index.max_tombstone_ratio (`everything`: with any such
-        row, and all that joined), and those that joined when they are more than 32.
+        """Write segments again without the rows that left: those above index.max_tombstone_ratio (`everything`: with
+        any such row, and all that joined), and those that joined when they are more than 32.
 
         Cost     memory: one shard; time and disk: as building them, without training
         """
@@ -123,7 +129,9 @@ class LiveIndex:
         version = self.store.current()
         change = self.store.begin(version)
         encoded = encode_items(self.config, items)
-        rows = items.join(table.select("item_id", "item_idx", "num_train"), on="item_id", how="left", maintain_order="left")
+        rows = items.join(
+            table.select("item_id", "item_idx", "num_train"), on="item_id", how="left", maintain_order="left"
+        )
         is_new = rows["item_idx"].is_null()
         numbers = version.next_id + is_new.cum_sum().cast(pl.Int64) - 1
         item_idx = rows["item_idx"].zip_with(~is_new, numbers)
@@ -184,9 +192,14 @@ class LiveIndex:
         return target
 
     def _write(
-        self, change: Change, ids: np.ndarray, spaces: dict[str, np.ndarray], arrays: dict[str, np.ndarray], num_shards: int
+        self,
+        change: Change,
+        ids: np.ndarray,
+        spaces: dict[str, np.ndarray],
+        arrays: dict[str, np.ndarray],
+        num_shards: int,
     ) -> Segment:
-        """Write a segment's folder. ids are rising; spaces hold their vectors, arrays what files of items were encoded to."""
+        """Write a segment's folder. ids rise; spaces: their vectors; arrays: what items of files were encoded to."""
         folder = change.new_segment
         (folder / ENCODED).mkdir(parents=True, exist_ok=True)
         for space in self._spaces():

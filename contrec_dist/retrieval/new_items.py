@@ -1,7 +1,8 @@
 """Items that join after training: read from a file, judged row by row, encoded with the trained parts.
 
-An item's text becomes its embedding (the collaborative part is the mean), the sigma-VAE makes its continuous tokens, and the
-model's item table its vector: a function of the tokens alone, with no residual and the lowest bias of the catalogue.
+An item's text becomes its embedding (the collaborative part is the mean), the sigma-VAE makes its continuous tokens,
+and the model's item table its vector: a function of the tokens alone, with no residual and the lowest bias of the
+catalogue.
 
 Cost     the text encoder, the tokenizer and the item table are loaded; neither the LLM nor any known item is read.
 """
@@ -62,7 +63,7 @@ def read_new_items(config: Config, path: Path) -> pl.DataFrame:
 
 
 def read_item_ids(config: Config, path: Path) -> list[str]:
-    """The ids of a file, each once. Errors   DataError naming file and line of rows without one, or with a second one"""
+    """The ids of a file. Errors   DataError naming file and line of rows without one, or with one of a row before"""
     return read_new_items(config, path)["item_id"].to_list()
 
 
@@ -73,7 +74,9 @@ def refuse_faults(table: RawTable, frame: pl.DataFrame) -> None:
         return
     places = table.locate(wrong["row"].to_list())
     listed = "".join(f"\n  {place}: {fault}" for place, fault in zip(places, wrong["fault"]))
-    raise DataError(str(table.path), f"{len(wrong)} wrong rows of {len(frame)}", f"none, and nothing was changed:{listed}")
+    raise DataError(
+        str(table.path), f"{len(wrong)} wrong rows of {len(frame)}", f"none, and nothing was changed:{listed}"
+    )
 
 
 def encode_items(config: Config, items: pl.DataFrame) -> EncodedItems:
@@ -100,7 +103,9 @@ def encode_items(config: Config, items: pl.DataFrame) -> EncodedItems:
         finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
         if not finite.all():
             name = items["item_id"][int(np.argmin(finite))]
-            raise ArtifactError(config.folder("model"), f"a value of item '{name}' that is not finite", "finite numbers")
+            raise ArtifactError(
+                config.folder("model"), f"a value of item '{name}' that is not finite", "finite numbers"
+            )
     return encoded
 
 

@@ -1,8 +1,8 @@
 """The changes of a living index, made again on the index that was built in its place (another model, other data).
 
-What was asked stands in index_live/changes/: the last word on every item counts. An item that was added and is in the new
-catalogue by now stays as that describes it; one that was replaced is replaced again; one that was removed is removed again.
-The old versions are kept under the name of the index that they belong to, index_live-<hash>.
+What was asked stands in index_live/changes/: the last word on every item counts. An item that was added and is in the
+new catalogue by now stays as that describes it; one that was replaced is replaced again; one that was removed is
+removed again. The old versions are kept under the name of the index that they belong to, index_live-<hash>.
 """
 
 import shutil
@@ -22,11 +22,16 @@ MAKING = f".{LIVE_FOLDER}.replay"
 def replay_changes(config: Config) -> None:
     """Replay where the changes belong to another index; otherwise say that there is nothing to do.
 
-    The caller holds lock_folder(config, LIVE_FOLDER). Killed, it starts again from the old versions, which are renamed last.
+    The caller holds lock_folder(config, LIVE_FOLDER). Killed, it starts again from the old versions, which are renamed
+    last.
     """
     log, store = get_logger("index"), open_store(config)
     making = VersionStore(
-        config.folder(MAKING), store.base_folder, store.version_0.base_hash, store.version_0.num_items, store.kept_versions
+        config.folder(MAKING),
+        store.base_folder,
+        store.version_0.base_hash,
+        store.version_0.num_items,
+        store.kept_versions,
     )
     if not store.folder.exists() and (making.folder / CURRENT_NAME).is_file():  # killed between the two renames
         making.folder.rename(store.folder)
@@ -53,11 +58,17 @@ def apply_changes(live: LiveIndex, changes: pl.DataFrame) -> None:
     known = load_item_table(live.config, live.store, live.store.current()).select("item_id")
     wanted = changes.filter(pl.col("kind") != "remove")
     joins = wanted.join(known, on="item_id", how="anti", maintain_order="left").drop("kind")
-    replaced = wanted.filter(pl.col("kind") == "replace").join(known, on="item_id", how="semi", maintain_order="left").drop("kind")
+    replaced = (
+        wanted.filter(pl.col("kind") == "replace")
+        .join(known, on="item_id", how="semi", maintain_order="left")
+        .drop("kind")
+    )
     removed = changes.filter(pl.col("kind") == "remove").join(known, on="item_id", how="semi", maintain_order="left")
     stay = len(wanted) - len(joins) - len(replaced)
     if stay:
-        get_logger("index").info("%d items that were added are in the new catalogue: they stay as it describes them", stay)
+        get_logger("index").info(
+            "%d items that were added are in the new catalogue: they stay as it describes them", stay
+        )
     if len(joins):
         live.add(joins)
     if len(replaced):

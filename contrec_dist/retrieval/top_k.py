@@ -2,10 +2,10 @@
 
     search(queries (B, Q) float32, k) -> (scores (B, k) float32, item_idx (B, k) int64)
 
-Every search of this project keeps it: rows sorted best first, ties by the lower item_idx, (-inf, -1) past the end, larger
-scores better for every metric ('l2' scores are NEGATIVE squared distances). A pair's score is summed in float64 in a fixed
-order and rounded to float32 once, so it is the same in whatever batch, chunk or shard the pair is met, and equal vectors tie
-exactly.
+Every search of this project keeps it: rows sorted best first, ties by the lower item_idx, (-inf, -1) past the end,
+larger scores better for every metric ('l2' scores are NEGATIVE squared distances). A pair's score is summed in float64
+in a fixed order and rounded to float32 once, so it is the same in whatever batch, chunk or shard the pair is met, and
+equal vectors tie exactly.
 
 Cost: one matrix product over the catalogue in chunks; memory is bounded by the chunk sizes below, not by B * N.
 """
@@ -67,9 +67,9 @@ def refine_top_k(
 
     `fetch(queries, count)` gives roughly the best `count` rows; `gather` their vectors. Candidates are scored again
     exactly. While a row that was not fetched might still belong to a query's k best, given the rounding error of an
-    arithmetic with `fetch_epsilon`, more are fetched for that query. None: `fetch` is approximate by design, and more are
-    fetched only where removed rows left a query short of k.
-    ids (num_rows,) int64: what comes back, and breaks ties, instead of the row; removed (num_rows,) bool: never come back.
+    arithmetic with `fetch_epsilon`, more are fetched for that query. None: `fetch` is approximate by design, and more
+    are fetched only where removed rows left a query short of k. ids (num_rows,) int64: what comes back, and breaks
+    ties, instead of the row; removed (num_rows,) bool: never come back.
     """
     scores, found = empty_result(len(queries), k)
     num_live = num_rows if removed is None else num_rows - int(removed.sum())
@@ -181,7 +181,9 @@ def rounding_margin(queries: np.ndarray, max_norm: float, metric: Metric, epsilo
 def _check_finite(rows: np.ndarray, where: str, first_row: int = 0) -> None:
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
-        raise DataError(where, f"NaN or infinity in {bad.size} rows, the first is row {first_row + bad[0]}", "finite numbers")
+        raise DataError(
+            where, f"NaN or infinity in {bad.size} rows, the first is row {first_row + bad[0]}", "finite numbers"
+        )
 
 
 def _score_pairs(left: np.ndarray, right: np.ndarray, metric: Metric) -> np.ndarray:

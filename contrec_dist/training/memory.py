@@ -29,7 +29,7 @@ BASE_BYTES = 570_000_000
 HEAP_FACTOR = {"fp32": 1.15, "bf16": 1.4}
 """peak resident memory over bytes in use, beyond the base, by the precision of matrix products (autocast's copies lie between
 the rest). Measured there with glibc 2.36 on 2 ranks, 3 steps of 27 to 34 M parameters"""
-STAGE3_HEAP_FACTOR = 0.1
+STAGE3_HEAP_FACTOR = {"fp32": 0.0, "bf16": 0.1}
 "more at stage 3, which gathers and gives back weights in between"
 
 
@@ -95,12 +95,16 @@ def estimate_memory(config: Config, sizes: DataSizes, *, ranks: int, stages: lis
             accumulates=accumulates,
             on_gpu=on_gpu,
             offload=config.zero.offload_optimizer and on_gpu,
-            heap_factor=HEAP_FACTOR[config.backbone.precision] + STAGE3_HEAP_FACTOR * (stage == 3),
+            heap_factor=_heap_factor(config.backbone.precision, stage),
             bucket=FP32_BYTES * config.zero.bucket_elements,
             step=step,
         )
         estimates.append(_estimate_rank(rank, config, sizes))
     return estimates
+
+
+def _heap_factor(precision: str, stage: int) -> float:
+    return HEAP_FACTOR[precision] + (STAGE3_HEAP_FACTOR[precision] if stage == 3 else 0.0)
 
 
 def _as_it_will_run(config: Config, on_gpu: bool) -> Config:

@@ -39,14 +39,22 @@ def write_model(config: Config, seed: int) -> None:
         items = pl.read_parquet(config.folder("catalog") / "items.parquet")
         tokenizer = train_text_tokenizer(items["title"].to_list(), vocab_size=300)
         model = build_model(
-            config, vocab_size=len(tokenizer), item_latents=latents, num_items=len(latents), latent_mean=mean, latent_std=std,
-            log_popularity=torch.linspace(-1, 0, len(latents)), latent_noise=0.1,
+            config, vocab_size=len(tokenizer), item_latents=latents, num_items=len(latents), latent_mean=mean,
+            latent_std=std, log_popularity=torch.linspace(-1, 0, len(latents)), latent_noise=0.1,
         )  # fmt: skip
         save_export(model, {name: value.clone() for name, value in model.state_dict().items()}, tokenizer, work, {})
         np.save(work / "item_vectors.npy", model.item_vectors().numpy())
         return {"seed": seed}
 
-    run_stage(config, stage="train", folder="model", sections=(), inputs=("catalog", "tokens"), build=build, extra_identity={"seed": seed})
+    run_stage(
+        config,
+        stage="train",
+        folder="model",
+        sections=(),
+        inputs=("catalog", "tokens"),
+        build=build,
+        extra_identity={"seed": seed},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,9 @@ def config(built_run, tmp_path) -> Config:
 
 
 def make_items(*ids: str, title: str = "Blue lamp") -> pl.DataFrame:
-    rows = [{"item_id": one, "title": f"{title} {one}", "category": "Lamps", "brand": "", "text": "light"} for one in ids]
+    rows = [
+        {"item_id": one, "title": f"{title} {one}", "category": "Lamps", "brand": "", "text": "light"} for one in ids
+    ]
     return pl.DataFrame(rows)
 
 
@@ -82,7 +92,9 @@ def vectors_by_idx(config: Config, current: CurrentIndex, space: str) -> np.ndar
     if space == "latent":
         return normalise_latents(config, latents)
     stage = np.load(config.folder("model") / "item_vectors.npy")
-    encoded = encode_items(config, current.items[len(stage) :]).vectors if len(current.items) > len(stage) else stage[:0]
+    encoded = (
+        encode_items(config, current.items[len(stage) :]).vectors if len(current.items) > len(stage) else stage[:0]
+    )
     return np.concatenate([stage, encoded])
 
 
@@ -244,7 +256,10 @@ def test_compaction_changes_no_answer_and_leaves_no_removed_row(config):
     check_answers(config, after)
     assert np.array_equal(before.latents[np.arange(len(items) + 4)], after.latents[np.arange(len(items) + 4)])
     live.compact(everything=True)
-    assert [segment.num_rows for segment in open_store(config).current().segments] in ([len(items) - 35, 3], [len(items) - 32])
+    assert [segment.num_rows for segment in open_store(config).current().segments] in (
+        [len(items) - 35, 3],
+        [len(items) - 32],
+    )
     check_answers(config, open_current(config))
 
 
@@ -277,7 +292,9 @@ def test_a_change_that_is_killed_leaves_the_old_version_and_can_be_made_again(co
             patched.setattr(VersionStore, "publish", die)
         else:  # just before this file is written
             write = faiss_versions.write_json
-            patched.setattr(faiss_versions, "write_json", lambda path, value: die() if path.name == step else write(path, value))
+            patched.setattr(
+                faiss_versions, "write_json", lambda path, value: die() if path.name == step else write(path, value)
+            )
         with pytest.raises(Killed):
             LiveIndex.open(config).replace(make_items("n1", title="Other"))
     after = open_current(config)
@@ -315,7 +332,9 @@ def test_readers_meet_whole_versions_while_the_catalogue_changes(config):
     for reader in readers:
         reader.join()
     assert not failures and len(seen) > 1
-    assert held.spaces["query"].search(np.ones((1, held.spaces["query"].dim), np.float32), 500)[1].max() == len(items) - 1
+    assert (
+        held.spaces["query"].search(np.ones((1, held.spaces["query"].dim), np.float32), 500)[1].max() == len(items) - 1
+    )
     assert open_store(config).current().number == 12
     assert len(list((config.folder(LIVE_FOLDER) / "segments").iterdir())) <= 4  # what no kept version names is gone
 

@@ -53,7 +53,10 @@ def test_a_query_scores_the_same_in_any_batch():
 
 def test_merge_of_pieces_equals_the_whole():
     draw = np.random.default_rng(2)
-    vectors, queries = draw.integers(-2, 3, size=(90, 3)).astype(np.float32), draw.normal(size=(7, 3)).astype(np.float32)
+    vectors, queries = (
+        draw.integers(-2, 3, size=(90, 3)).astype(np.float32),
+        draw.normal(size=(7, 3)).astype(np.float32),
+    )
     parts = []
     for start in (0, 30, 60):
         scores, rows = exact_top_k(queries, vectors[start : start + 30], 8)
@@ -94,7 +97,13 @@ def test_rows_can_be_left_out_and_named_by_id():
     queries, ids = vectors[:20] + np.float32(0.5), draw.permutation(5000)[:400].astype(np.int64)
     removed = np.zeros(400, dtype=bool)
     removed[np.unique(exact_top_k(queries, vectors, 30)[1])[::2]] = True
-    settings = {"gather": lambda rows: vectors[rows], "num_rows": 400, "metric": "inner_product", "max_norm": 9.0, "fetch_epsilon": 1e-6}
+    settings = {
+        "gather": lambda rows: vectors[rows],
+        "num_rows": 400,
+        "metric": "inner_product",
+        "max_norm": 9.0,
+        "fetch_epsilon": 1e-6,
+    }
 
     def fetch(some, count):
         products = some @ vectors.T
@@ -107,4 +116,6 @@ def test_rows_can_be_left_out_and_named_by_id():
     expected_scores, rows = exact_top_k(queries, vectors[by_id], 30)
     assert np.array_equal(found, ids[by_id][rows]) and np.array_equal(scores, expected_scores)
     everything = refine_top_k(queries, 400, fetch=fetch, ids=ids, removed=removed, **settings)[1]
-    assert (everything[:, len(living) :] == -1).all() and (np.sort(everything[:, : len(living)]) == np.sort(ids[living])).all()
+    assert (everything[:, len(living) :] == -1).all() and (
+        np.sort(everything[:, : len(living)]) == np.sort(ids[living])
+    ).all()

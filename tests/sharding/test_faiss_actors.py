@@ -33,7 +33,9 @@ def built(tmp_path_factory):
 
 def open_both(folder, ray_cluster, config=CONFIG):
     layout = read_layout(folder)
-    return FaissShards.open(folder, "cpu"), RayFaissShards.open_files(list_shards(folder, layout), layout, config, ray_cluster)
+    return FaissShards.open(folder, "cpu"), RayFaissShards.open_files(
+        list_shards(folder, layout), layout, config, ray_cluster
+    )
 
 
 def actor_process(actors: RayFaissShards, number: int) -> int:

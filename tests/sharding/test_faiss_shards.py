@@ -102,7 +102,9 @@ def test_recall_below_the_minimum_is_refused_with_the_figures(tmp_path):
     assert not (tmp_path / "shards.json").exists()
 
 
-@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,PQ8x4fsr,RFlat", "IVF8,PQ8x4fs,Refine(SQ8)", "IVF8,SQ8", "PQ8x4fs,RFlat"])
+@pytest.mark.parametrize(
+    "factory", ["IVF8,Flat", "IVF8,PQ8x4fsr,RFlat", "IVF8,PQ8x4fs,Refine(SQ8)", "IVF8,SQ8", "PQ8x4fs,RFlat"]
+)
 def test_shards_answer_with_the_bits_and_the_recall_of_one(tmp_path, factory):
     vectors, config = make_vectors(900, 8), replace(FLAT, factory=factory, min_recall=0.7)
     one = build(vectors, tmp_path / "one", config)
@@ -130,7 +132,10 @@ def test_the_cheapest_setting_that_reaches_the_recall_is_taken():
     recall = lambda one: min(one["nprobe"], 4) * min(one["k_factor_rf"], 4) / 16  # noqa: E731
     cost = lambda one: 10 * one["nprobe"] + one["k_factor_rf"]  # noqa: E731
     assert find_cheapest(ladders, recall, cost, 0.5) == ({"nprobe": 2, "k_factor_rf": 4}, 0.5)
-    assert find_cheapest(ladders, recall, lambda one: one["nprobe"] + 10 * one["k_factor_rf"], 0.5)[0] == {"nprobe": 4, "k_factor_rf": 2}
+    assert find_cheapest(ladders, recall, lambda one: one["nprobe"] + 10 * one["k_factor_rf"], 0.5)[0] == {
+        "nprobe": 4,
+        "k_factor_rf": 2,
+    }
     assert find_cheapest(ladders, recall, cost, 1.1) == ({"nprobe": 8, "k_factor_rf": 8}, 1.0)
     assert find_cheapest({}, lambda one: 0.5, lambda one: 0, 0.4) == ({}, 0.5)
 
@@ -174,7 +179,9 @@ def test_a_memory_mapped_index_does_not_hold_its_vectors(tmp_path):
         "held = []; print(grown(False), grown(True))"
     )
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=root, capture_output=True, text=True, check=True
+    )
     loaded, mapped = map(int, done.stdout.split())
     assert loaded > 0.9 * vectors.nbytes and mapped < 0.25 * vectors.nbytes
 
@@ -191,8 +198,12 @@ def test_shards_are_written_from_a_memory_mapped_file_one_after_another(tmp_path
 
 def test_further_rows_share_the_codebook_and_are_searched_with_the_first(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(900, 8)).astype(np.float32)
-    layout = build(vectors[:800], tmp_path / "base", replace(FLAT, factory="IVF8,PQ8x4fs,RFlat", min_recall=0.9), "l2").layout
-    extended = extend_shards(tmp_path / "base", layout, vectors[800:], np.arange(800, 900), tmp_path / "more", num_shards=2)
+    layout = build(
+        vectors[:800], tmp_path / "base", replace(FLAT, factory="IVF8,PQ8x4fs,RFlat", min_recall=0.9), "l2"
+    ).layout
+    extended = extend_shards(
+        tmp_path / "base", layout, vectors[800:], np.arange(800, 900), tmp_path / "more", num_shards=2
+    )
     files = list_shards(tmp_path / "base", layout) + list_shards(tmp_path / "more", extended)
     together = FaissShards.open_files(files, layout, "cpu")
     assert together.num_items == 900
@@ -275,6 +286,8 @@ def test_auto_is_flat_when_small_and_scans_codes_when_big():
 
 def test_auto_keeps_to_the_memory_budget():
     chosen = [choose_factory("auto", 1_000_000, 128, "l2", budget * 1_000_000) for budget in (600, 400, 250, 170)]
-    assert chosen == [f"IVF2048,{rest}" for rest in ("PQ128x4fs,RFlat", "PQ128x4fs,Refine(SQfp16)", "PQ128x4fs,Refine(SQ8)", "SQ8")]
+    assert chosen == [
+        f"IVF2048,{rest}" for rest in ("PQ128x4fs,RFlat", "PQ128x4fs,Refine(SQfp16)", "PQ128x4fs,Refine(SQ8)", "SQ8")
+    ]
     with pytest.raises(ConfigError, match="index.memory_bytes.*1000.*at least"):
         choose_factory("auto", 1_000_000, 128, "l2", 1000)

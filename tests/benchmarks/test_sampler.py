@@ -1,0 +1,35 @@
+"""benchmarks/sampler.py: what its figures are made of."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from contrec_dist.benchmarks.sampler import Chain, describe, ratio_interval, take_users
+from contrec_dist.retrieval.scored_users import Users
+
+
+def test_chains_are_named_by_solver_and_steps():
+    assert Chain.parse("ddpm:200") == Chain("ddpm", 200) and str(Chain("dpm", 10)) == "dpm:10"
+
+
+def test_taken_users_keep_their_whole_histories_and_targets():
+    users = Users(pl.Series(["a", "b", "c"]), np.arange(3), np.array([5, 6, 7, 8]), np.array([0, 2, 2, 4]), np.array([1, 2, 3]))
+    taken = take_users(users, np.array([2, 1]))
+    assert taken.user_ids.to_list() == ["c", "b"] and taken.targets.tolist() == [3, 2] and taken.user_idx.tolist() == [2, 1]
+    assert taken.items.tolist() == [7, 8] and taken.offsets.tolist() == [0, 2, 2]
+
+
+def test_the_interval_of_a_ratio_is_paired_by_user():
+    """The same users are hit a tenth less often: the ratio is certain although either rate is not."""
+    reference = np.random.default_rng(0).random(4000) * (np.random.default_rng(1).random(4000) < 0.05)
+    low, high = ratio_interval(0.9 * reference, reference, seed=0)
+    assert low == pytest.approx(0.9) == high
+    other = np.random.default_rng(2).permutation(reference)
+    low, high = ratio_interval(other, reference, seed=0)
+    assert low < 0.9 < 1.1 < high and ratio_interval(reference, reference, 0) == (1.0, 1.0)
+
+
+def test_a_record_says_share_and_speed():
+    reference = np.array([1.0, 0.5, 0.0, 0.5])
+    record = describe(Chain("dpm", 10), reference / 2, 2.0, reference, 50.0, seed=0)
+    assert record["hr"] == 0.25 and record["share"] == 0.5 and record["times_faster"] == 25.0 and record["chain"] == "dpm:10"
