@@ -22,6 +22,8 @@ TRACKER_NAMES = ("tensorboard", "wandb", "mlflow")
 
 NO_IDENTITY = {"identity": False}
 "metadata of a field that says only how its section is executed: it is left out of every identity, as `launch` and `ray` are"
+IDENTITY_IF_SET = {"identity": "if set"}
+"metadata of a switch that joined its section later: at its default it is left out of identities, so that finished runs stay so"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,17 +129,23 @@ class EmbedConfig:
     text_model: str = ""
     "sentence-transformers folder or hub name; empty: hashed character and word n-grams, then SVD"
     text_dim: int = 128
-    "width of the n-gram SVD; a sentence-transformers model keeps its own"
+    "width of the n-gram SVD; a sentence-transformers model keeps its own. 0: no text at all, with either"
     num_hash_features: int = 65536
     "hash buckets of the n-grams"
     batch_texts: int = 256
     "texts a batch"
+
+    def __post_init__(self):
+        if self.text_dim < 0:
+            raise ConfigError("embed.text_dim", self.text_dim, "at least 1, or 0 for no text")
 
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
     """The sigma-VAE: embeddings to K continuous tokens."""
 
+    kind: Literal["sigma_vae", "vq", "rq"] = field(default="sigma_vae", metadata=IDENTITY_IF_SET)
+    "'sigma_vae': continuous tokens; 'vq', 'rq': each is replaced by its code, of one book or of residual levels (codebooks.py)"
     num_item_tokens: int = 2
     "K: continuous tokens an item"
     latent_dim: int = 32
@@ -166,6 +174,10 @@ class TokenizerConfig:
     "AdamW peak learning rate, cosine to 0"
     probe_rows: int = 2000
     "rows on which the probes are measured"
+    num_codes: int = field(default=256, metadata=IDENTITY_IF_SET)
+    "codes a book (kind vq, rq), at most one a training row"
+    num_levels: int = field(default=3, metadata=IDENTITY_IF_SET)
+    "residual levels, books a token (kind rq)"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -311,6 +323,8 @@ class TrainConfig:
 
     num_epochs: int = 10
     "passes over the training samples"
+    targets: Literal["all", "last"] = field(default="all", metadata=IDENTITY_IF_SET)
+    "what is a target of a sample: every item after the first, or the last one alone"
     max_steps: int = 0
     "stop after so many optimizer steps; 0: num_epochs decides"
     row_tokens: int = 256

@@ -214,11 +214,17 @@ def package_versions() -> dict[str, str]:
 
 
 def _plain(value: object) -> object:
-    """A section as JSON, without the fields that say only how it is executed."""
+    """A section as JSON, without the fields that say only how it is executed, and without later switches at their default."""
     if not dataclasses.is_dataclass(value):
         return value
-    left_out = {one.name for one in dataclasses.fields(value) if not one.metadata.get("identity", True)}
+    left_out = {one.name for one in dataclasses.fields(value) if not _counts(one, getattr(value, one.name))}
     return {name: plain for name, plain in dataclasses.asdict(value).items() if name not in left_out}
+
+
+def _counts(field: dataclasses.Field, value: object) -> bool:
+    """Whether a field enters the identity; see NO_IDENTITY and IDENTITY_IF_SET in config.py."""
+    counts = field.metadata.get("identity", True)
+    return value != field.default if counts == "if set" else counts
 
 
 def _complete_manifest(target: Path, identity: str) -> Manifest | None:

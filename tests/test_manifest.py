@@ -71,6 +71,16 @@ def test_a_complete_output_is_described_by_its_manifest(make_config):
     manifest.check_files(folder, deep=True)
 
 
+def test_a_switch_that_joined_later_counts_only_where_it_is_set(make_config):
+    """Finished runs stay finished when train.targets comes to the config; setting it builds them again."""
+    stage = CountingStage()
+    manifest = stage.run(make_config())
+    assert "targets" not in manifest.config["train"]
+    assert stage.run(make_config("train.targets=all")) == manifest and stage.runs == 1
+    changed = stage.run(make_config("train.targets=last"))
+    assert changed.config["train"]["targets"] == "last" and changed.identity != manifest.identity and stage.runs == 2
+
+
 def test_a_complete_output_is_skipped_and_left_as_it_is(make_config):
     config, stage = make_config(), CountingStage()
     first = stage.run(config)

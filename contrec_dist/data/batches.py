@@ -22,7 +22,8 @@ LEANING_CHUNK = 65536
 class EpochPlan:
     """Samples of an epoch and the rows that hold them.
 
-    `user`, `start`, `stop`: sample i trains items[start + 1 : stop] of its user; `term`, `brand`: its response (term -1: none);
+    `user`, `start`, `stop`: sample i trains items[start + 1 : stop] of its user (train.targets=last: the last of
+    them); `term`, `brand`: its response (term -1: none);
     `rows`: sample numbers of each row, in training order; `num_positions`: positions in use.
     """
 
@@ -83,7 +84,10 @@ class TrainingRows:
         row_of_sample = np.repeat(np.arange(len(samples)), [len(one) for one in samples])
         chosen = np.concatenate([*samples, np.zeros(0, np.int64)])
         contents = self._read_windows(plan, chosen)
-        return _join(contents, row_of_sample, self.texts, num_rows, self.config.train.row_tokens, self.num_user_tokens)
+        return _join(
+            contents, row_of_sample, self.texts, num_rows, self.config.train.row_tokens, self.num_user_tokens,
+            last_only=self.config.train.targets == "last",
+        )  # fmt: skip
 
     def _read_windows(self, plan: EpochPlan, samples: np.ndarray) -> "SampleContents":
         """What the samples hold, end to end in their order."""
@@ -192,12 +196,13 @@ def _newest(items: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int
 
 def _join(
     contents: SampleContents, row_of_sample: np.ndarray, texts: PromptTexts, num_rows: int, row_tokens: int,
-    num_user_tokens: int,
+    num_user_tokens: int, *, last_only: bool,
 ) -> PackedBatch:
     """Lay the samples out side by side in their rows; every sample as prompts.lay_out places it."""
     num_item_tokens = contents.latents.shape[1]
     sample, place = np.repeat(np.arange(len(row_of_sample)), contents.num_items), _count_up(contents.num_items)
-    is_input, is_target = place < contents.num_items[sample] - 1, place > 0
+    is_input = place < contents.num_items[sample] - 1
+    is_target = (place > 0) & ~(is_input & last_only)
     inputs, owner = contents.items[is_input], sample[is_input]
     title_lengths = _title_lengths(texts, inputs, place[is_input], contents.num_items[owner] - 1)
     sizes = 1 + num_item_tokens + title_lengths

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import HISTORIES_FILE, Histories, load_items
-from contrec_dist.errors import ConfigError
+from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.embeddings.collaborative import fit_lightgcn
 from contrec_dist.embeddings.textual import TextEncoder, join_item_text
 from contrec_dist.manifest import Manifest, hash_file, hash_json, run_stage, write_json
@@ -77,10 +77,13 @@ def embed_new_items(
     """Embed items that joined after the stage ran: their text, and the mean (zeros) as the collaborative part.
 
     Shapes   four sequences of n -> (n, E) float32, the same columns as items.npy
-    Errors   ArtifactError when the folder is not a complete output; ValueError when the lengths differ
+    Errors   ArtifactError when the folder is not a complete output, or has no text part: nothing else is known of a new item;
+             ValueError when the lengths differ
     """
     folder = Path(embeddings_folder)
     manifest = Manifest.load(folder)
+    if manifest.facts["text_dim"] == 0:
+        raise ArtifactError(folder, "embeddings without text (embed.text_dim 0)", "a text part, which is all that new items have")
     encoder = TextEncoder.load(folder / ENCODER_FOLDER)
     statistics = load_file(folder / STATISTICS_NAME)
     joined = [join_item_text(*parts) for parts in zip(titles, categories, brands, texts, strict=True)]

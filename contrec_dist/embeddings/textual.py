@@ -48,8 +48,8 @@ class TextEncoder(ABC):
 
     @staticmethod
     def fit(texts: Sequence[str], config: EmbedConfig, seed: int) -> "TextEncoder":
-        """The encoder that the config asks for, fitted on the catalogue's texts."""
-        if config.text_model:
+        """The encoder that the config asks for, fitted on the catalogue's texts; with text_dim 0 one of width 0."""
+        if config.text_model and config.text_dim:
             return SentenceEncoder(config.text_model, config.batch_texts)
         return NgramEncoder.fit_ngrams(texts, config.text_dim, config.num_hash_features, seed)
 

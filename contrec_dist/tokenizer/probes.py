@@ -10,6 +10,7 @@ A record of a method:
   latent_variance_mean, latent_variance_min   over the token's dimensions
   collision_rate         share of rows whose code, or latent rounded to steps of sigma, equals another row's
   bits                   bits a row; for the sigma-VAE its channel capacity
+A tokenizer with code books (kinds vq and rq) is measured by its codes, under its own name.
 
 Guarantees   deterministic given the seed.
 Cost         probe_rows exact searches in at most MAX_ROWS rows, and the quantisers' training: under 30 s at 12,000 x 192.
@@ -49,7 +50,7 @@ class Tokens:
 
 
 def measure_tokenizer(tokenizer: SigmaVAE, rows: np.ndarray, config: TokenizerConfig, seed: int) -> dict:
-    """Probe the sigma-VAE, RQ at TIGER's 24 bits, and RQ and PQ at the sigma-VAE's bits.
+    """Probe the tokenizer, RQ at TIGER's 24 bits, and RQ and PQ at the tokenizer's bits.
 
     Shapes   rows: (n, E), those with training interactions
     Returns  {"methods": [record, ...], "latent_spectrum": eigenvalues of the latents' covariance, descending,
@@ -59,7 +60,7 @@ def measure_tokenizer(tokenizer: SigmaVAE, rows: np.ndarray, config: TokenizerCo
     queries = _draw(len(rows), config.probe_rows, seed)
     inputs = _in_chunks(tokenizer.to_space, rows)
     methods = [_tokens_of_vae(tokenizer, rows, config)]
-    levels = count_equal_levels(count_channel_bits(config))
+    levels = count_equal_levels(methods[0].bits)
     for quantized in (
         quantize_residual(inputs, TIGER_LEVELS, seed), quantize_residual(inputs, levels, seed), quantize_product(inputs, levels, seed)
     ):  # fmt: skip
@@ -137,11 +138,18 @@ def _tokens_of_vae(tokenizer: SigmaVAE, rows: np.ndarray, config: TokenizerConfi
     latents = _in_chunks(lambda x: tokenizer.encode(x).flatten(1), rows)
     shape = (-1, config.num_item_tokens, config.latent_dim)
     decoded = _in_chunks(lambda z: tokenizer.decode(z.reshape(shape)), latents)
+    books = tokenizer.codebooks
+    if books is None:
+        method, bits = "sigma-VAE", count_channel_bits(config)
+        codes = np.rint(latents / (config.sigma or DEFAULT_STEP)).astype(np.int64)
+    else:
+        method, bits = f"{config.kind.upper()} of the VAE, {books.bits:.0f} bits", books.bits
+        codes = _in_chunks(lambda z: books.find_codes(z.reshape(shape)).flatten(1), latents)
     return Tokens(
-        method="sigma-VAE",
-        bits=count_channel_bits(config),
+        method=method,
+        bits=bits,
         latents=latents,
-        codes=np.rint(latents / (config.sigma or DEFAULT_STEP)).astype(np.int64),
+        codes=codes,
         decoded=decoded,
         decoded_input=_in_chunks(tokenizer.to_space, decoded),
     )

@@ -3,7 +3,8 @@
 K encoders give mu_1 .. mu_K. A latent is z_k = mu_k + s * eps, where s is one number a sample with E|s| = sigma and eps
 is standard normal, both drawn ANEW at every call of `loss`. The decoder reconstructs the whole input from the mean of the
 z_k, or from all of them side by side (`decode_from`). Three guards against collapse, each with a switch: masked
-inputs, the fixed noise with a pull of mu to 0, and decorrelation between the encoders.
+inputs, the fixed noise with a pull of mu to 0, and decorrelation between the encoders. With code books (codebooks.py, kinds vq
+and rq) `encode` gives every mu's code in its place.
 
 Guarantees   inputs are never modified; the target of the reconstruction is never masked; `encode` and `decode` are
              deterministic functions of weights and input; save -> load gives the same bits.
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from contrec_dist.config import TokenizerConfig
 from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.manifest import write_json
+from contrec_dist.tokenizer.codebooks import Codebooks
 
 NOISE_SCALE = 0.8  # ~ E|n| of a standard normal (sqrt(2 / pi) = 0.798), so that E|s| = sigma
 VARIANCE_EPSILON = 1e-6
@@ -106,6 +108,7 @@ class SigmaVAE(nn.Module):
         self.encoders = nn.ModuleList(ResidualMLP(embedding_dim, config.hidden_dim, width) for _ in range(tokens))
         decoder_in = width if config.decode_from == "mean" else width * tokens
         self.decoder = ResidualMLP(decoder_in, config.hidden_dim, embedding_dim)
+        self.codebooks: Codebooks | None = None
 
     def to_space(self, x: torch.Tensor) -> torch.Tensor:
         """Standardise and whiten. Shapes   (B, E) -> (B, E)"""
@@ -116,8 +119,9 @@ class SigmaVAE(nn.Module):
         return (y @ self.space_backward) * self.space_scale + self.space_mean
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """mu of every token, without mask or noise. Shapes   (B, E) -> (B, K, Z)"""
-        return self._encode_space(self.to_space(x))
+        """mu of every token, without mask or noise; its code where there are code books. Shapes   (B, E) -> (B, K, Z)"""
+        mu = self._encode_space(self.to_space(x))
+        return mu if self.codebooks is None else self.codebooks(mu)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Reconstruct embeddings. Shapes   (B, K, Z) -> (B, E)"""
@@ -163,9 +167,13 @@ class SigmaVAE(nn.Module):
             if not path.is_file():
                 raise ArtifactError(path, "no such file", "a trained tokenizer")
         stored = json.loads(settings.read_text())
-        tokenizer = cls(stored["embedding_dim"], TokenizerConfig(**stored["config"]))
+        tokenizer, state = cls(stored["embedding_dim"], TokenizerConfig(**stored["config"])), load_file(weights)
+        if tokenizer.config.kind != "sigma_vae":
+            if "codebooks.vectors" not in state:
+                raise ArtifactError(weights, "no code books", f"those of kind '{tokenizer.config.kind}', which {settings} names")
+            tokenizer.codebooks = Codebooks(torch.empty_like(state["codebooks.vectors"]))
         try:
-            tokenizer.load_state_dict(load_file(weights))
+            tokenizer.load_state_dict(state)
         except RuntimeError as error:
             raise ArtifactError(weights, f"other weights ({error})", f"the weights of {settings}") from None
         return tokenizer.eval()
@@ -218,7 +226,7 @@ def _fix_signs(directions: torch.Tensor) -> torch.Tensor:
 
 def _check_config(config: TokenizerConfig) -> None:
     """Refuse settings that make no tokenizer, by name."""
-    for key in ("num_item_tokens", "latent_dim", "hidden_dim", "num_steps", "batch_rows"):
+    for key in ("num_item_tokens", "latent_dim", "hidden_dim", "num_steps", "batch_rows", "num_codes", "num_levels"):
         if getattr(config, key) < 1:
             raise ConfigError(f"tokenizer.{key}", getattr(config, key), "at least 1")
     if not 0 <= config.mask_ratio < 1:

@@ -46,6 +46,22 @@ def test_every_item_after_the_first_is_a_target_exactly_once_an_epoch(make_world
         assert Counter(batch.target_idx.tolist()) == wanted
 
 
+def test_the_last_item_alone_is_a_target_where_the_config_says_so(make_world):
+    """The rows stay as they are: what changes is which positions are asked about."""
+    world = make_world(HISTORIES, max_history=8)
+    _, everything = whole_epoch(world.rows)
+    world.config.train.targets = "last"
+    plan, batch = whole_epoch(world.rows)
+    last = [HISTORIES[plan.user[sample]][plan.stop[sample] - 1] for sample in np.concatenate(plan.rows)]
+    assert batch.target_idx.tolist() == last and 0 < len(last) < len(everything.target_idx)
+    assert np.array_equal(batch.target_latents.numpy(), world.item_latents[last])
+    segments = batch.segments.numpy()
+    ends = (segments > 0) & (segments != np.append(segments[:, 1:], np.zeros((len(segments), 1), np.int64), axis=1))
+    assert batch.targets.tolist() == np.flatnonzero(ends).tolist()  # the last position of every sample
+    for name in ("tokens", "segments", "item_idx", "markers", "slots"):
+        assert np.array_equal(getattr(batch, name), getattr(everything, name)), name
+
+
 def test_targets_of_the_toy_catalogue_are_covered_too(toy_tokens):
     """The same count on the output of the real stages, from the catalogue's histories."""
     items = pl.read_parquet(toy_tokens.folder("catalog") / "items.parquet")

@@ -130,6 +130,27 @@ def test_without_collaborative_part_the_columns_are_text_alone(tmp_path):
     assert json.loads((folder / "layout.json").read_text()) == {"collaborative": [0, 0], "text": [0, 5]}
 
 
+@pytest.mark.parametrize("text_model", ["", "a/model/that/nobody/loads"])
+def test_without_text_the_columns_are_collaborative_alone(tmp_path, text_model):
+    folder = run_toy(tmp_path, text_dim=0, text_model=text_model).folder("embeddings")
+    with_text = run_toy(tmp_path, "with_text").folder("embeddings")
+    arrays = [np.load(one / "items.npy") for one in (folder, with_text)]
+    assert np.array_equal(arrays[0], arrays[1][:, :4])
+    assert json.loads((folder / "layout.json").read_text()) == {"collaborative": [0, 4], "text": [4, 4]}
+
+
+def test_new_items_of_a_run_without_text_are_refused(tmp_path):
+    """All of them would get the same row: nothing but their text is known."""
+    folder = run_toy(tmp_path, text_dim=0).folder("embeddings")
+    with pytest.raises(ArtifactError, match="embed.text_dim 0"):
+        embed_new_items(folder, ["nail polish number 3"], ["Beauty"], [""], [""])
+
+
+def test_a_text_of_negative_width_is_refused():
+    with pytest.raises(ConfigError, match="embed.text_dim"):
+        EmbedConfig(text_dim=-1)
+
+
 def test_neither_part_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="embed"):
         run_toy(tmp_path, collaborative="none", text_dim=0)

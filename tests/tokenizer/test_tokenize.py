@@ -40,8 +40,11 @@ def toy_items() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(NUM_ITEMS, 10)).astype(np.float32)
 
 
-def run_toy(tmp_path, name: str = "toy", user_dim: int = 4, items: np.ndarray | None = None, **extra) -> Config:
-    settings = TokenizerConfig(num_item_tokens=2, latent_dim=3, hidden_dim=8, num_steps=8, batch_rows=16, probe_rows=20)
+def run_toy(
+    tmp_path, name: str = "toy", user_dim: int = 4, items: np.ndarray | None = None, kind: str = "sigma_vae", **extra
+) -> Config:
+    sizes = {"num_item_tokens": 2, "latent_dim": 3, "hidden_dim": 8, "num_steps": 8, "batch_rows": 16, "probe_rows": 20}
+    settings = TokenizerConfig(kind=kind, num_codes=4, num_levels=2, **sizes)
     config = Config(name=name, run_dir=str(tmp_path / name), tokenizer=settings)
     write_inputs(config, user_dim, toy_items() if items is None else items, **extra)
     tokenize.run(config)
@@ -99,3 +102,17 @@ def test_many_rows_are_learned_from_by_a_sample_of_the_seed(tmp_path, monkeypatc
     items[-NUM_COLD:] = np.nan  # must not be drawn
     first, second = (Manifest.load(run_toy(tmp_path, name, items=items).folder("tokenizer")) for name in "ab")
     assert first.facts["training_items"] == 40 and first.files == second.files
+
+
+@pytest.mark.parametrize("kind, bits", [("vq", 4), ("rq", 8)])
+def test_quantised_tokens_come_from_the_files_and_are_probed_as_codes(tmp_path, kind, bits):
+    config = run_toy(tmp_path, kind=kind)
+    folder = config.folder("tokenizer")
+    with torch.no_grad():
+        latents = SigmaVAE.load(folder, tokenize.ITEM_TOKENIZER).encode(torch.from_numpy(toy_items()))
+    assert max(len(torch.unique(latents[:, token], dim=0)) for token in range(2)) <= 2 ** (bits // 2)
+    record = json.loads((folder / "probes.json").read_text())["methods"][0]
+    assert record["method"] == f"{kind.upper()} of the VAE, {bits} bits" and record["bits"] == bits
+    assert record["collision_rate"] > (0.5 if kind == "vq" else 0)
+    assert SigmaVAE.load(folder, tokenize.USER_TOKENIZER).codebooks is not None
+    assert Manifest.load(run_toy(tmp_path, "again", kind=kind).folder("tokenizer")).files == Manifest.load(folder).files
