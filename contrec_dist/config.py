@@ -24,6 +24,8 @@ NO_IDENTITY = {"identity": False}
 "metadata of a field that says only how its section is executed: it is left out of every identity, as `launch` and `ray` are"
 IDENTITY_IF_SET = {"identity": "if set"}
 "metadata of a switch that joined its section later: at its default it is left out of identities, so that finished runs stay so"
+IDENTITY_IF_SET = {"identity": "if set"}
+"metadata of a switch that joined its section later: at its default it is left out of identities, so that finished runs stay so"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,6 +106,12 @@ class SplitConfig:
     "kind time: share of interactions between the two cuts"
     test_ratio: float = 0.1
     "kind time: share of interactions after the second cut"
+    cold_items: float = field(default=0.0, metadata=IDENTITY_IF_SET)
+    "share of the items, drawn by the seed, that are held out of training altogether and remain as targets"
+
+    def __post_init__(self):
+        if not 0 <= self.cold_items < 1:
+            raise ConfigError("split.cold_items", self.cold_items, "a share from 0 up to below 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -294,7 +302,9 @@ class HeadConfig:
     query_dim: int = 128
     "Q: width of the item vectors that the one-step prediction is compared with"
     item_residual: bool = True
-    "a learned vector an item beside the projection of its latents; zero for items that join later"
+    "a learned vector an item beside the projection of its latents; zero for items that training does not see"
+    residual_drop: float = field(default=0.0, metadata=IDENTITY_IF_SET)
+    "share of items that go without it at a training step, so that their latents describe them alone, as they must new items"
     dropout: float = 0.2
     "dropout on item vectors that enter the LLM, and on the query"
 

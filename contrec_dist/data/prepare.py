@@ -16,7 +16,7 @@ from contrec_dist.data.catalog import HISTORIES_FILE, ITEMS_FILE, USERS_FILE, Hi
 from contrec_dist.data.interactions import BadRows, CleanLogs, clean_logs
 from contrec_dist.data.sources import read_source, source_files
 from contrec_dist.data.sources.raw import ITEM_COLUMNS
-from contrec_dist.data.split import NO_TARGET, split_histories
+from contrec_dist.data.split import NO_TARGET, draw_cold_items, hold_out, split_histories
 from contrec_dist.manifest import Manifest, hash_file, run_stage
 from contrec_dist.progress import get_logger
 
@@ -42,7 +42,8 @@ def _build(config: Config, work: Path) -> dict:
     logs = clean_logs(read_source(config), config.source)
     histories = build_histories(config, logs)
     items = build_items(logs, histories, keep_unseen=config.source.keep_unseen_items)
-    users = logs.user_ids.alias("user_id").to_frame().with_row_index("user_idx").cast({"user_idx": pl.Int64})
+    user_ids, histories = _number_users(logs, histories)
+    users = user_ids.alias("user_id").to_frame().with_row_index("user_idx").cast({"user_idx": pl.Int64})
     frames = {ITEMS_FILE: items, USERS_FILE: users, HISTORIES_FILE: histories}
     for name, frame in frames.items():
         write_frame(frame, work / name)
@@ -60,16 +61,31 @@ def write_frame(frame: pl.DataFrame, path: Path) -> None:
 def build_histories(config: Config, logs: CleanLogs) -> pl.DataFrame:
     """One row a user: items and unix seconds in the user's order, and where the split cuts them."""
     rows = logs.interactions
+    lengths = np.bincount(rows["user_idx"].to_numpy(), minlength=len(logs.user_ids)).astype(np.int64)
+    split = split_histories(config.split, lengths, rows["time_ms"].to_numpy(), rows["time_known"].to_numpy())
+    if config.split.cold_items:
+        cold = draw_cold_items(len(logs.item_ids), config.split.cold_items, config.seed)
+        stays, split = hold_out(split, lengths, cold[rows["item_idx"].to_numpy()])
+        rows = rows.filter(pl.Series(stays))
     seconds = pl.when("time_known").then(pl.col("time_ms") // 1000).otherwise(0)
     frame = (
         rows.with_columns(seconds.cast(pl.Int64).alias("timestamps"))
         .group_by("user_idx", maintain_order=True)
         .agg(pl.col("item_idx").alias("items"), pl.col("timestamps"))
     )
-    lengths = frame["items"].list.len().to_numpy().astype(np.int64)
-    split = split_histories(config.split, lengths, rows["time_ms"].to_numpy(), rows["time_known"].to_numpy())
     cuts = {"num_train": split.num_train, "validation_pos": split.validation_pos, "test_pos": split.test_pos}
-    return frame.with_columns(pl.Series(name, values.astype(np.int64)) for name, values in cuts.items())
+    users = pl.DataFrame({name: values.astype(np.int64) for name, values in cuts.items()}).with_row_index("user_idx")
+    users = users.cast({"user_idx": pl.Int64})
+    return frame.join(users, on="user_idx", how="left", maintain_order="left")
+
+
+def _number_users(logs: CleanLogs, histories: pl.DataFrame) -> tuple[pl.Series, pl.DataFrame]:
+    """Without users whom `cold_items` has left nothing, who are counted."""
+    gone = len(logs.user_ids) - len(histories)
+    if gone:
+        logs.drops["users of held out items alone"] = gone
+    number = pl.int_range(pl.len(), dtype=pl.Int64).alias("user_idx")
+    return logs.user_ids.gather(histories["user_idx"]), histories.with_columns(number)
 
 
 def build_items(logs: CleanLogs, histories: pl.DataFrame, *, keep_unseen: bool) -> pl.DataFrame:
@@ -95,11 +111,12 @@ def build_items(logs: CleanLogs, histories: pl.DataFrame, *, keep_unseen: bool) 
 def describe(logs: CleanLogs, items: pl.DataFrame, histories: pl.DataFrame) -> dict:
     """The stage's figures for the manifest."""
     lengths = histories["items"].list.len()
-    num_users, num_seen, num_rows = len(histories), len(logs.item_ids), len(logs.interactions)
+    num_users, num_seen, num_rows = len(histories), len(logs.item_ids), int(lengths.sum())
     return {
         "num_users": num_users,
         "num_items": len(items),
         "num_items_seen": num_seen,
+        "num_items_untrained": int((items["num_train"] == 0).sum()),
         "num_interactions": num_rows,
         "num_train": int(histories["num_train"].sum()),
         "num_validation": int((histories["validation_pos"] != NO_TARGET).sum()),

@@ -8,6 +8,9 @@ leave_one_out   the last item is the test target, the one before it the validati
 time            two cuts, the same for everybody. Training is what a user did before the first cut; the validation
                 target is the first interaction between the cuts, the test target the first one after the second. What
                 follows a user's test target is nobody's target.
+
+`cold_items` holds a share of the items out of training: their interactions leave the training part of every history and stay
+where they are targets, or come after training.
 """
 
 from dataclasses import dataclass
@@ -71,6 +74,34 @@ def split_by_time(lengths: np.ndarray, times_ms: np.ndarray, validation_ratio: f
         num_train=first,
         validation_pos=np.where(has_validation, first, NO_TARGET),
         test_pos=np.where(has_test, second, NO_TARGET),
+    )
+
+
+def draw_cold_items(num_items: int, share: float, seed: int) -> np.ndarray:
+    """Which items are held out of training. -> (num_items,) bool"""
+    cold = np.zeros(num_items, dtype=bool)
+    cold[np.random.default_rng([seed, 5]).permutation(num_items)[: round(share * num_items)]] = True
+    return cold
+
+
+def hold_out(split: Split, lengths: np.ndarray, is_cold: np.ndarray) -> tuple[np.ndarray, Split]:
+    """Take cold interactions out of the training parts. A validation target without any item before it is none.
+
+    Shapes   lengths (U,) int64, is_cold (sum of lengths,) bool -> which interactions stay (sum of lengths,) bool, the split then
+    """
+    users = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    taken = is_cold & (place < split.num_train[users])
+    num_taken = np.bincount(users[taken], minlength=len(lengths))
+
+    def shift(positions: np.ndarray) -> np.ndarray:
+        moved = positions - num_taken
+        return np.where((positions == NO_TARGET) | (moved == 0), NO_TARGET, moved)
+
+    return ~taken, Split(
+        num_train=split.num_train - num_taken,
+        validation_pos=shift(split.validation_pos),
+        test_pos=shift(split.test_pos),
     )
 
 

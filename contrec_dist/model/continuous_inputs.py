@@ -2,7 +2,7 @@
 
 `ItemTable` gives every item one vector, a function of its latents plus a learned residual; the same vector enters the
 LLM and is what the one-step prediction is compared with, so what training learns of an item serves both sides. An item
-that joins later has residual zero and is still described by its latents.
+that training did not see has residual zero and is still described by its latents.
 """
 
 import torch
@@ -14,35 +14,54 @@ MARKER_ITEM, MARKER_USER = 0, 1
 class ItemTable(nn.Module):
     """Vectors and biases of the catalogue.
 
-    An item_idx past the catalogue is an item that joined after training: no residual, and the lowest bias there is.
+    Items that training does not see, those whose `log_popularity` is -inf and every item_idx past the catalogue, have no
+    residual and the lowest bias of the others; in training they are nobody's negatives. `residual_drop` is the share of
+    items that must do without their residual at a training step, as such items must.
     Shapes   latents: (n, K*Z) normalised, item_idx: (n,) -> vectors (n, Q), bias (n,)
     """
 
-    def __init__(self, *, num_items: int, latent_width: int, query_dim: int, residual: bool, log_popularity: Tensor):
+    def __init__(
+        self, *, num_items: int, latent_width: int, query_dim: int, residual: bool, log_popularity: Tensor,
+        residual_drop: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         self.project = nn.Sequential(
             nn.Linear(latent_width, 2 * query_dim), nn.SiLU(), nn.Linear(2 * query_dim, query_dim)
         )
         self.residual = nn.Embedding(num_items, query_dim) if residual else None
+        self.residual_drop = residual_drop
         self.bias = nn.Embedding(num_items, 1)
+        self.register_buffer("trained", torch.isfinite(log_popularity))
         if residual:
             nn.init.normal_(self.residual.weight, std=0.02)
         with torch.no_grad():
-            self.bias.weight.copy_(log_popularity[:, None])
+            self.bias.weight.copy_(log_popularity.masked_fill(~self.trained, 0.0)[:, None])
 
     def forward(self, latents: Tensor, item_idx: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.training and (item_idx >= self.bias.num_embeddings).any():
-            return self._describe_with_new(latents, item_idx)
         vectors = self.project(latents)
+        if not self.training:
+            return self._describe(vectors, item_idx)
         if self.residual is not None:
-            vectors = vectors + self.residual(item_idx)
-        return vectors, self.bias(item_idx)[:, 0]
+            vectors = vectors + self._drop(self.residual(item_idx))
+        return vectors, self.bias(item_idx)[:, 0].masked_fill(~self.trained[item_idx], -torch.inf)
 
-    def _describe_with_new(self, latents: Tensor, item_idx: Tensor) -> tuple[Tensor, Tensor]:
-        new = item_idx >= self.bias.num_embeddings
-        vectors, bias = self(latents, item_idx.masked_fill(new, 0))
-        vectors = torch.where(new[:, None], self.project(latents), vectors)
-        return vectors, bias.masked_fill(new, float(self.bias.weight.detach().min()))
+    def _drop(self, residual: Tensor) -> Tensor:
+        if self.residual_drop == 0.0:
+            return residual
+        kept = torch.rand(len(residual), 1, device=residual.device) >= self.residual_drop
+        return residual * kept
+
+    def _describe(self, vectors: Tensor, item_idx: Tensor) -> tuple[Tensor, Tensor]:
+        inside = item_idx < len(self.trained)
+        rows = item_idx.where(inside, 0)
+        trained = inside & self.trained[rows]
+        if self.residual is not None:
+            vectors = vectors + self.residual(rows) * trained[:, None]
+        bias = self.bias(rows)[:, 0]
+        if not trained.all():
+            lowest = self.bias(self.trained.nonzero()[:, 0]).min()
+            bias = bias.where(trained, lowest)
+        return vectors, bias
 
 
 class ContinuousInputs(nn.Module):

@@ -67,6 +67,7 @@ class ContRec(nn.Module):
             latent_width=num_tokens * latent_dim,
             query_dim=head.query_dim,
             residual=head.item_residual,
+            residual_drop=head.residual_drop,
             log_popularity=log_popularity,
         )
         self.head = DiffusionHead(head, condition_width=width, latent_width=num_tokens * latent_dim)

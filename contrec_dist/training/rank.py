@@ -185,8 +185,9 @@ class TrainingData:
         )
 
     def build_model(self, config: Config):
-        """A fresh model; item biases start at the log of the training popularity."""
-        popularity = torch.log(torch.from_numpy(self.num_train.astype(np.float32)) + 1)
+        """A fresh model; item biases start at the log of the training popularity, which is -inf for items it does not see."""
+        counts = torch.from_numpy(self.num_train.astype(np.float32))
+        popularity = torch.log(counts + 1).where(counts > 0, -torch.inf)
         return build_model(
             config,
             vocab_size=self.vocab_size,

@@ -45,6 +45,35 @@ def test_catalogue_by_hand(make_csv_config):
     assert manifest.files["items.parquet"]["rows"] == 5
 
 
+def test_cold_items_are_nowhere_in_training_and_targets_stay(tmp_path):
+    usual, cold = make_generated(tmp_path / "usual"), make_generated(tmp_path / "cold")
+    cold.split.cold_items = 0.2
+    facts = [prepare.run(config).facts for config in (usual, cold)]
+    items = [load_items(config.folder("catalog")) for config in (usual, cold)]
+    assert items[1]["item_id"].to_list() == items[0]["item_id"].to_list()
+    held_out = set(items[1].filter(pl.col("num_train") == 0)["item_idx"]) - set(items[0].filter(pl.col("num_train") == 0)["item_idx"])
+    assert 0 < len(held_out) <= 24 and facts[1]["num_items_untrained"] == facts[0]["num_items_untrained"] + len(held_out)
+    before, after = (Histories.load(config.folder("catalog")) for config in (usual, cold))
+    targets = [histories.targets(histories.users_with("test"), "test") for histories in (before, after)]
+    assert targets[0].tolist() == targets[1].tolist() and set(targets[1]) & held_out
+    assert not set(after.training_edges()[1]) & held_out
+    kept = [item for item in before.training_edges()[1] if item not in held_out]
+    assert after.training_edges()[1].tolist() == kept
+
+
+def test_users_of_cold_items_alone_leave_the_catalogue_and_are_counted(make_csv_config):
+    rows = [f"u{number},{item},{time}" for number, item in enumerate("abcdefghij") for time in (1, 2)]
+    config = make_csv_config(rows)
+    config.split.cold_items = 0.3
+    manifest = prepare.run(config)
+    assert manifest.facts["drops"]["users of held out items alone"] == 3
+    users, frame = load_users(config.folder("catalog")), load_histories(config.folder("catalog"))
+    assert len(users) == len(frame) == 7 and manifest.facts["num_interactions"] == 14
+    items = load_items(config.folder("catalog"))
+    for user, history in zip(users["user_id"], frame["items"]):
+        assert set(items["item_id"].gather(history)) == {"abcdefghij"[int(user[1:])]}
+
+
 def test_item_without_title_is_titled_by_its_id(make_csv_config):
     config = make_csv_config(["u,a,1", "u,b,2"], items=["a,,,,", "b"])
     prepare.run(config)

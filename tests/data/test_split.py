@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from contrec_dist.config import SplitConfig
-from contrec_dist.data.split import fill_times, leave_one_out, split_by_time, split_histories, time_cuts
+from contrec_dist.data.split import draw_cold_items, fill_times, hold_out, leave_one_out, split_by_time, split_histories, time_cuts
 from contrec_dist.errors import ConfigError, DataError
 
 
@@ -73,3 +73,19 @@ def test_time_split_without_times_is_refused():
 def test_ratios_that_leave_no_training_are_refused():
     with pytest.raises(ConfigError, match="split.validation_ratio"):
         split_by_time(np.array([2]), np.array([1, 2]), 0.5, 0.5)
+
+
+def test_cold_items_leave_training_and_stay_as_targets():
+    lengths = np.array([5, 3, 1, 2])
+    items = np.array([0, 9, 1, 9, 2, 9, 9, 3, 9, 4, 5])
+    stays, split = hold_out(leave_one_out(lengths), lengths, items == 9)
+    assert items[stays].tolist() == [0, 1, 9, 2, 9, 3, 4, 5]
+    assert split.num_train.tolist() == [2, 0, 0, 2]
+    assert split.validation_pos.tolist() == [2, -1, -1, -1], "a target without an item before it is none"
+    assert split.test_pos.tolist() == [3, 1, -1, -1]
+
+
+def test_cold_items_are_drawn_by_the_seed():
+    drawn = draw_cold_items(200, 0.05, seed=3)
+    assert drawn.sum() == 10 and (drawn == draw_cold_items(200, 0.05, seed=3)).all()
+    assert (drawn != draw_cold_items(200, 0.05, seed=4)).any()

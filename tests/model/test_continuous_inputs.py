@@ -8,11 +8,14 @@ from contrec_dist.model.continuous_inputs import MARKER_ITEM, MARKER_USER, Conti
 N, K, Z, Q, WIDTH = 9, 3, 2, 4, 8
 
 
-def make_table(residual=True) -> ItemTable:
+def make_table(residual=True, residual_drop=0.0, unseen=()) -> ItemTable:
     torch.manual_seed(0)
+    log_popularity = torch.linspace(-2, 0, N)
+    log_popularity[list(unseen)] = -torch.inf
     return ItemTable(
-        num_items=N, latent_width=K * Z, query_dim=Q, residual=residual, log_popularity=torch.linspace(-2, 0, N)
-    )
+        num_items=N, latent_width=K * Z, query_dim=Q, residual=residual, log_popularity=log_popularity,
+        residual_drop=residual_drop,
+    )  # fmt: skip
 
 
 def make_inputs(user_dim=Z, dropout=0.0) -> ContinuousInputs:
@@ -37,6 +40,25 @@ def test_an_item_that_joins_later_has_no_residual_and_the_lowest_bias():
     torch.testing.assert_close(vectors[0], table(latents[:1], torch.tensor([2]))[0][0])
     torch.testing.assert_close(vectors[1:], table.project(latents[1:]))
     assert bias[1:].tolist() == [-2.0, -2.0]
+
+
+def test_an_item_that_training_does_not_see_is_described_as_one_that_joins_later():
+    table, latents = make_table(unseen=[0, 4]), torch.randn(4, K * Z)
+    rows = torch.tensor([0, 1, 4, N])
+    _, bias = table.train()(latents[:3], rows[:3])
+    assert bias.isinf().tolist() == [True, False, True], "nobody's negative in training"
+    vectors, bias = table.eval()(latents, rows)
+    torch.testing.assert_close(vectors[[0, 2, 3]], table.project(latents[[0, 2, 3]]))
+    torch.testing.assert_close(vectors[1], table.project(latents[1]) + table.residual.weight[1])
+    torch.testing.assert_close(bias, torch.full((4,), -1.75))
+
+
+def test_residuals_are_dropped_item_by_item_in_training_only():
+    table, latents, rows = make_table(residual_drop=0.5), torch.randn(N, K * Z), torch.arange(N)
+    plain = table.project(latents)
+    dropped = ((table.train()(latents, rows)[0] - plain).abs().sum(1) < 1e-6).sum()
+    assert 0 < dropped < N
+    torch.testing.assert_close(table.eval()(latents, rows)[0], plain + table.residual.weight)
 
 
 def test_training_refuses_items_outside_the_catalogue():
