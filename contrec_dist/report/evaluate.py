@@ -101,6 +101,8 @@ def _build(config: Config, work: Path) -> dict:
         found = baselines[seen].items()
         metrics[key] = {name: m.summarize_lists(rows, held["test"].targets, len(items), ks) for name, rows in found}
     metrics |= _slices_and_intervals(config, lists["test"], held["test"], num_train)
+    metrics["baseline_slices"] = {name: _slices(config, rows, held["test"], num_train) for name, rows in baselines["masked"].items()}
+    metrics["lead_intervals"] = {name: _lead(config, lists["test"], rows, held["test"]) for name, rows in baselines["masked"].items()}
     curve = _measure_sampler(config, work)
     metrics["seconds"] = _stage_seconds(config) | {"evaluate": round(time.monotonic() - started, 3)}
     write_json(work / METRICS_NAME, metrics)
@@ -110,7 +112,7 @@ def _build(config: Config, work: Path) -> dict:
         histories=histories,
         recommended=frames["test"],
         test_users=held["test"].users,
-        bucket_rates=_bucket_rates(config, {"contrec": lists["test"]} | baselines["masked"], held["test"], num_train),
+        bucket_rates={name: one["popularity"] for name, one in {"contrec": metrics["slices"], **metrics["baseline_slices"]}.items()},
         sampler_curve=curve,
     )
     write_atomically(work / PAGE_NAME, render_page(config, metrics, evidence).encode())
@@ -205,23 +207,30 @@ WORKED_OUT: dict[str, Callable[[Config, pl.DataFrame, Held, int, Seen], np.ndarr
 
 
 def _slices_and_intervals(config: Config, lists: np.ndarray, held: Held, num_train: np.ndarray) -> dict:
-    ranks, num_buckets = m.rank_targets(lists, held.targets), config.evaluate.num_popularity_buckets
-    values = {"hr": m.hits_at(ranks, HEADLINE_CUT), "ndcg": m.gains_at(ranks, HEADLINE_CUT)}
-    intervals = {f"{name}@{HEADLINE_CUT}": m.bootstrap_interval(row, config.seed) for name, row in values.items()}
-    slices = {
-        "popularity": m.slice_by_popularity(ranks, held.targets, num_train, num_buckets),
+    values = _user_values(lists, held)
+    intervals = {name: list(m.bootstrap_interval(row, config.seed)) for name, row in values.items()}
+    return {"slices": _slices(config, lists, held, num_train), "intervals": intervals | {"level": 0.95}}
+
+
+def _user_values(lists: np.ndarray, held: Held) -> dict[str, np.ndarray]:
+    """Every user's hit and gain. (B,) each"""
+    ranks = m.rank_targets(lists, held.targets)
+    return {f"hr@{HEADLINE_CUT}": m.hits_at(ranks, HEADLINE_CUT), f"ndcg@{HEADLINE_CUT}": m.gains_at(ranks, HEADLINE_CUT)}
+
+
+def _slices(config: Config, lists: np.ndarray, held: Held, num_train: np.ndarray) -> dict:
+    """Rates by popularity of the target, and of targets that training never saw."""
+    ranks = m.rank_targets(lists, held.targets)
+    return {
+        "popularity": m.slice_by_popularity(ranks, held.targets, num_train, config.evaluate.num_popularity_buckets),
         "cold_start": m.slice_cold_start(ranks, held.targets, num_train),
     }
-    return {"slices": slices, "intervals": {key: list(span) for key, span in intervals.items()} | {"level": 0.95}}
 
 
-def _bucket_rates(config, lists: dict[str, np.ndarray], held: Held, num_train: np.ndarray) -> dict[str, list[dict]]:
-    """The popularity slices of the model and of every baseline."""
-    buckets = config.evaluate.num_popularity_buckets
-    return {
-        name: m.slice_by_popularity(m.rank_targets(rows, held.targets), held.targets, num_train, buckets)
-        for name, rows in lists.items()
-    }
+def _lead(config: Config, lists: np.ndarray, others: np.ndarray, held: Held) -> dict[str, list[float]]:
+    """95% intervals of the model's figure less a baseline's, over the same users."""
+    model, baseline = (_user_values(one, held) for one in (lists, others))
+    return {name: list(m.bootstrap_interval(model[name] - baseline[name], config.seed)) for name in model}
 
 
 def _measure_sampler(config: Config, work: Path) -> dict[int, dict]:

@@ -27,7 +27,7 @@ _spec.loader.exec_module(artifacts)
 
 TOP_KEYS = {
     "dataset", "split", "num_users", "num_items", "test", "validation", "test_unmasked", "validation_unmasked",
-    "slices", "intervals", "baselines", "baselines_unmasked", "seconds",
+    "slices", "intervals", "baselines", "baselines_unmasked", "baseline_slices", "lead_intervals", "seconds",
 }  # fmt: skip
 METRIC_KEYS = {"hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10", "gini@10"}
 RANKS = [user % 25 if user % 25 <= 20 and user != 84 else 0 for user in range(artifacts.FIRST_TARGETLESS_USER)]
@@ -81,6 +81,17 @@ def test_slices_count_every_user_once(finished):
     assert mean == pytest.approx(metrics["test"]["hr@10"])
     assert metrics["slices"]["cold_start"]["num_users"] >= 2  # users 0 (a miss) and 1 (a hit)
     assert 0 < metrics["slices"]["cold_start"]["hr@10"] < 1
+
+
+def test_baselines_are_sliced_as_the_model_and_the_lead_has_an_interval(finished):
+    _, _, metrics, _ = finished
+    slices, baseline = metrics["baseline_slices"]["popularity"], metrics["baselines"]["popularity"]
+    assert slices["cold_start"] | {"hr@10": None, "ndcg@10": None} == metrics["slices"]["cold_start"] | {"hr@10": None, "ndcg@10": None}
+    assert slices["cold_start"]["hr@10"] == 0, "popularity knows no item that training did not see"
+    mean = sum(row["num_users"] * (row["hr@10"] or 0) for row in slices["popularity"]) / 85
+    assert mean == pytest.approx(baseline["hr@10"])
+    for name, (low, high) in metrics["lead_intervals"]["popularity"].items():
+        assert low < metrics["test"][name] - baseline[name] < high
 
 
 def test_popularity_baseline_sees_the_same_users(finished):
