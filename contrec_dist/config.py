@@ -432,8 +432,8 @@ class ScoreConfig:
     "S, samples a user (rank_by samples)"
     num_sampling_steps: int = 10
     "solver steps (rank_by samples)"
-    solver: Literal["dpm", "ddim", "ddpm"] = "dpm"
-    "DPM-Solver++(2M), DDIM, or ancestral DDPM (for long chains)"
+    solver: Literal["ddpm", "dpm", "ddim"] = "ddpm"
+    "ancestral DDPM, whose fresh noise ranks best in few steps too; DPM-Solver++(2M); DDIM"
     guidance: float = 1.0
     "classifier-free guidance w: x0 = (1 + w) x0(h) - w x0(null)"
     posterior_items: int = 512

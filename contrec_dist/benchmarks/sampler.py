@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run, the chains, and how many users and seeds they are measured on."""
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file of a finished run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, for example run_dir=... score.guidance=2")
-    chains = ["ddim:5", "ddim:10", "ddim:20", "dpm:5", "dpm:10", "dpm:20"]
+    chains = ["ddpm:5", "ddpm:10", "ddpm:20", "ddim:10", "dpm:10"]
     parser.add_argument("--chains", nargs="+", default=chains, metavar="SOLVER:STEPS", help="what is measured")
     parser.add_argument("--reference", default="ddpm:200", metavar="SOLVER:STEPS", help="what it is compared with")
     parser.add_argument("--users", type=int, default=0, help="validation users, spread over all (0: all)")
