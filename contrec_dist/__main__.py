@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from typing import Callable
 
 from rich.console import Console
 
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("contrec_dist.commands.export", "the trained model as a folder of its own, its adapters merged or separate"),
     "env": ("contrec_dist.commands.env", "versions and machine as Markdown for a bug report, and what is missing for what"),
     "baseline": ("contrec_dist.commands.baseline", "fit a baseline and write its recommendations beside the model's"),
+    "ablate": ("contrec_dist.commands.ablate", "one change at a time: rows of configs/ablation, each judged against the base"),
     "generate": ("contrec_dist.commands.generate", "a catalogue of any size as files, and the config that runs on it"),
 }
 
@@ -56,14 +58,16 @@ def run_stage_by_name(name: str, config: Config) -> Manifest:
     return import_module(STAGES[name][0]).run(config)
 
 
-def run_pipeline(config: Config) -> None:
+def run_pipeline(config: Config, before_stage: Callable[[str], object] = str) -> None:
     """All stages in order; the complete ones are skipped. The last one prints the table of results.
 
+    `before_stage(name)` is called in front of each.
     Errors   StageStopped when training was asked to stop, or when a stop-file lies there between two stages
     """
     for name in STAGES:
         if remove_stop_file(config):
             raise StageStopped(f"stopped before {name}; run the same command again to go on", config.launch.requeue_exit_code)
+        before_stage(name)
         run_stage_by_name(name, config)
 
 
