@@ -2,8 +2,8 @@
 
 One dataclass a component; each field is followed by its meaning and unit. The resolved config of a stage is part of
 that stage's identity (see manifest.py): change a value and the stages that read it run again. The sections `launch`
-and `ray` say only HOW a stage is executed, `monitor` what people watch meanwhile; neither changes what is computed, and
-they are left out of every identity.
+and `ray` say only HOW a stage is executed, `shards` where its data lies, `monitor` what people watch meanwhile; none
+changes what is computed, and they are left out of every identity.
 
 Order of precedence: dataclass defaults < YAML files < key=value arguments.
 """
@@ -556,6 +556,37 @@ class LaunchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ShardsConfig:
+    """Where training reads the token shards; no effect on what is computed while none of them is bad."""
+
+    url: str = ""
+    "copy of tokens/ that holds shards/000000.tar and so on: a folder, read in place, or s3://, gs://, https://, file:// or what "
+    "else fsspec knows, fetched through the cache; empty: beside the index in the run's folder"
+    cache_dir: str = ""
+    "folder of fetched shards, shared by all processes that name it; empty: shard_cache in the run's folder"
+    cache_bytes: int = 0
+    "most bytes that it keeps, least recently used shards go first; room for train.shuffle_shards of them saves fetching them "
+    "again; 0: no limit"
+    retries: int = 5
+    "further tries of a transfer that failed, with growing waits"
+    timeout_seconds: float = 60.0
+    "a transfer that brings nothing for so long has failed"
+    storage_options: dict[str, str] = field(default_factory=dict)
+    "what fsspec takes beside the URL, for example {endpoint_url: https://...}, {anon: true}; keys and passwords belong into the "
+    "environment, since a run's folder holds its config"
+    max_bad_shards: int = 0
+    "missing, cut off or corrupt shards that training does without, counted and named; then all are looked at (and fetched) "
+    "before the first step. 0: a bad shard ends the run when it is read"
+
+    def __post_init__(self):
+        for name, least in {"cache_bytes": 0, "retries": 0, "max_bad_shards": 0}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"shards.{name}", getattr(self, name), f"at least {least}")
+        if self.timeout_seconds <= 0:
+            raise ConfigError("shards.timeout_seconds", self.timeout_seconds, "more than 0")
+
+
+@dataclass(kw_only=True, slots=True)
 class MonitorConfig:
     """What people watch while training runs. It is part of no stage's identity: the model is the same with and without it."""
 
@@ -630,6 +661,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tiger: TigerConfig = field(default_factory=TigerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 

@@ -25,6 +25,7 @@ from contrec_dist.progress import get_logger
 
 MANIFEST_NAME = "manifest.json"
 IDENTITY_NAME = "identity.json"
+SHARDS = ("shards/",)
 WRITTEN_BY = {
     "catalog": "prepare", "embeddings": "embed", "tokenizer": "tokenize", "tokens": "precompute", "model": "train",
     "index": "index", "recommendations": "score", "report": "evaluate",
@@ -67,19 +68,31 @@ class Manifest:
         except (ValueError, TypeError) as error:
             raise ArtifactError(path, f"an unreadable manifest ({error})", "JSON as this project writes it") from None
 
-    def check_files(self, folder: Path, *, deep: bool = False) -> None:
+    def check_files(self, folder: Path, *, deep: bool = False, elsewhere: tuple[str, ...] = ()) -> None:
         """Compare the files with the manifest: presence and size, and with `deep` the sha256 too.
 
+        elsewhere  how the names of files begin that need not lie in the folder: whoever reads them checks them
         Errors   ArtifactError naming the first file that differs.
         """
         for name, record in self.files.items():
-            path = Path(folder) / name
-            if not path.is_file():
-                raise ArtifactError(path, "no such file", f"{record['bytes']} bytes")
-            if path.stat().st_size != record["bytes"]:
-                raise ArtifactError(path, f"{path.stat().st_size} bytes", f"{record['bytes']} bytes")
-            if deep and hash_file(path) != record["sha256"]:
-                raise ArtifactError(path, "other content", f"sha256 {record['sha256']}")
+            if not name.startswith(elsewhere):
+                check_file(Path(folder) / name, record, deep=deep)
+
+
+def check_file(path: Path, record: dict, *, deep: bool) -> None:
+    """Compare a file with its record of a manifest: presence and size (where that is known), and with `deep` the sha256 too.
+
+    Errors   ArtifactError that says what it is and what it should be
+    """
+    if not path.is_file():
+        expected = f"{record['bytes']} bytes" if "bytes" in record else f"sha256 {record['sha256']}"
+        raise ArtifactError(path, "no such file", expected)
+    num_bytes = path.stat().st_size
+    if num_bytes != record.get("bytes", num_bytes):
+        raise ArtifactError(path, f"{num_bytes} bytes", f"{record['bytes']} bytes")
+    sha256 = hash_file(path) if deep else record["sha256"]
+    if sha256 != record["sha256"]:
+        raise ArtifactError(path, f"other content, sha256 {sha256}", f"sha256 {record['sha256']}")
 
 
 def hash_json(value: object) -> str:
@@ -125,12 +138,21 @@ def lock_folder(config: Config, folder: str) -> Iterator[None]:
 
 
 def load_inputs(config: Config, inputs: Sequence[str]) -> dict[str, Manifest]:
-    """Manifests of the input folders, with their files' presence and sizes checked."""
+    """Manifests of the input folders, with their files' presence and sizes checked.
+
+    Left out are token shards that lie elsewhere or of which some may be bad: only training reads them, and checks them itself.
+    """
     manifests = {}
     for folder in inputs:
         manifests[folder] = Manifest.load(config.folder(folder))
-        manifests[folder].check_files(config.folder(folder))
+        elsewhere = SHARDS if config.shards.max_bad_shards and folder == "tokens" else lying_elsewhere(config, folder)
+        manifests[folder].check_files(config.folder(folder), elsewhere=elsewhere)
     return manifests
+
+
+def lying_elsewhere(config: Config, folder: str) -> tuple[str, ...]:
+    """How the names of files begin that a folder's manifest has and the folder need not: shards of which there is a copy."""
+    return SHARDS if config.shards.url and folder == "tokens" else ()
 
 
 def stage_identity(
@@ -150,7 +172,7 @@ def find_complete(
 ) -> Manifest | None:
     """The manifest of a stage whose output is complete for this config and these inputs."""
     identity, _, _ = stage_identity(config, sections, inputs, extra_identity)
-    return _complete_manifest(config.folder(folder), identity)
+    return _complete_manifest(config.folder(folder), identity, lying_elsewhere(config, folder))
 
 
 def run_stage(
@@ -174,7 +196,7 @@ def run_stage(
         identity, used, input_hashes = stage_identity(config, sections, inputs, extra_identity)
         target = config.folder(folder)
         work = target.with_name(f".{target.name}.partial")
-        done = _complete_manifest(target, identity)
+        done = _complete_manifest(target, identity, lying_elsewhere(config, folder))
         if done is not None:
             log.info("complete, skipped: %s", target)
             return done
@@ -227,7 +249,7 @@ def _counts(field: dataclasses.Field, value: object) -> bool:
     return value != field.default if counts == "if set" else counts
 
 
-def _complete_manifest(target: Path, identity: str) -> Manifest | None:
+def _complete_manifest(target: Path, identity: str, elsewhere: tuple[str, ...]) -> Manifest | None:
     """The manifest of `target` when it is complete and has this identity."""
     if not (target / MANIFEST_NAME).is_file():
         return None
@@ -236,7 +258,7 @@ def _complete_manifest(target: Path, identity: str) -> Manifest | None:
         if manifest.identity != identity:
             get_logger(manifest.stage).info("settings or inputs changed: %s is built again", target)
             return None
-        manifest.check_files(target)
+        manifest.check_files(target, elsewhere=elsewhere)
     except ArtifactError as error:
         get_logger(target.name).warning("built again: %s", error)
         return None

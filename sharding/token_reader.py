@@ -4,7 +4,7 @@ Stage    read by train, score and evaluate.
 Promise  Strict: what is returned is what was written (names, sizes, array headers and a crc32 are compared with the
          index), anything else is an ArtifactError that names the file and the sample. Files open at the first read and
          reads carry their own offset, so one reader may be forked or pickled into DataLoader workers; in threads, use
-         one reader each.
+         one reader each. Where the files lie, and whether a damaged one can be had anew: shard_files.py.
 Cost     One system call a sample, 10 to 20 microseconds while the page cache holds it.
          The index is held in memory, 128 bytes a user.
 """
@@ -23,7 +23,8 @@ import numpy as np
 import polars as pl
 
 from contrec_dist.errors import ArtifactError
-from sharding.token_writer import INDEX_COLUMNS, TokenSample, sample_key, shard_name
+from sharding.shard_files import LocalShards, ShardFiles
+from sharding.token_writer import INDEX_COLUMNS, TokenSample, sample_key
 
 IndexRow = NamedTuple("IndexRow", [(name, int) for name in INDEX_COLUMNS])
 
@@ -34,9 +35,13 @@ class TokenReader:
     Arrays with one entry a user: `shard`, `num_items` (H), `num_train`, `validation_pos`, `test_pos`, all int64.
     """
 
-    def __init__(self, tokens_folder: str | Path, max_open_shards: int = 16):
-        """Errors   ArtifactError when index.parquet or latent_mean.npy is missing or not what this project writes."""
+    def __init__(self, tokens_folder: str | Path, max_open_shards: int = 16, shards: ShardFiles | None = None):
+        """`shards`: where the shards lie; None: in the tokens folder.
+
+        Errors   ArtifactError when index.parquet or latent_mean.npy is missing or not what this project writes.
+        """
         self.folder = Path(tokens_folder)
+        self.shards = shards or LocalShards(self.folder)
         self.max_open_shards = max_open_shards
         self._index = _load_index(self.folder / "index.parquet")
         for name in ("shard", "num_items", "num_train", "validation_pos", "test_pos"):
@@ -45,7 +50,7 @@ class TokenReader:
         self._open: OrderedDict[int, tuple[int, Path]] = OrderedDict()  # by shard, least recently used first
 
     def __reduce__(self):
-        return TokenReader, (self.folder, self.max_open_shards)
+        return TokenReader, (self.folder, self.max_open_shards, self.shards)
 
     def __del__(self):
         self.close()
@@ -76,12 +81,25 @@ class TokenReader:
         if not 0 <= user_idx < self.num_samples:
             raise IndexError(f"user_idx {user_idx}, expected 0..{self.num_samples - 1}")
         row = IndexRow(*self._index[user_idx].tolist())
+        try:
+            return self._read_row(row)
+        except ArtifactError:
+            could_be_had = row.shard in self._open
+            if not could_be_had or not self.shards.renew(row.shard):
+                raise
+        os.close(self._open.pop(row.shard)[0])
+        return self._read_row(row)
+
+    def _read_row(self, row: IndexRow) -> TokenSample:
         descriptor, path = self._open_shard(row)
         start = row.items_offset - BLOCKSIZE
         data = bytearray(row.latents_offset + row.latents_bytes - start)
-        num_read = os.preadv(descriptor, [data], start)
+        try:
+            num_read = os.preadv(descriptor, [data], start)
+        except OSError as error:
+            raise ArtifactError(path, error.strerror, f"sample {sample_key(row.user_idx)}") from None
         if num_read != len(data):
-            expected = f"{len(data)} bytes from byte {start} for sample {sample_key(user_idx)}"
+            expected = f"{len(data)} bytes from byte {start} for sample {sample_key(row.user_idx)}"
             raise ArtifactError(path, f"a file that ends after {start + num_read} bytes", expected)
         return self._parse(path, row, data)
 
@@ -93,39 +111,15 @@ class TokenReader:
         for user_idx in range(first, end):
             yield self.read(user_idx)
 
-    def read_shard_items(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Histories of one shard's users end to end, without touching their latents.
-
-        The crc32 covers a whole sample, so it is `read` that compares it, before the sample is used for anything else.
-        Shapes   -> items (M,) int64, offsets (users + 1,) int64
-        Errors   ArtifactError when the shard is missing or cut off
-        """
-        first, end = np.searchsorted(self.shard, [shard, shard + 1])
-        rows = self._index[first:end]
-        offset, num_bytes = (rows[:, INDEX_COLUMNS.index(name)] for name in ("items_offset", "items_bytes"))
-        num_items = self.num_items[first:end]
-        path = self.folder / shard_name(shard)
-        try:
-            words = np.memmap(path, dtype="<i4", mode="r")
-        except (OSError, ValueError) as error:
-            raise ArtifactError(path, str(error), f"the shard of sample {sample_key(first)}") from None
-        if len(rows) and int((offset + num_bytes).max()) > words.nbytes:
-            raise ArtifactError(path, f"a file of {words.nbytes} bytes", f"at least {int((offset + num_bytes).max())}")
-        offsets = np.concatenate([[0], np.cumsum(num_items)]).astype(np.int64)
-        data_start = (offset + num_bytes) // 4 - num_items  # the array stands at the end of its member
-        place = np.repeat(data_start - offsets[:-1], num_items) + np.arange(offsets[-1])
-        return words[place].astype(np.int64), offsets
-
     def _open_shard(self, row: IndexRow) -> tuple[int, Path]:
         """File descriptor and path of a shard; the least recently used one is closed when too many are open."""
         if row.shard in self._open:
             self._open.move_to_end(row.shard)
             return self._open[row.shard]
-        path = self.folder / shard_name(row.shard)
         try:
-            self._open[row.shard] = (os.open(path, os.O_RDONLY), path)
+            self._open[row.shard] = self.shards.open(row.shard)
         except OSError as error:
-            raise ArtifactError(path, error.strerror, f"the shard of sample {sample_key(row.user_idx)}") from None
+            raise ArtifactError(error.filename, error.strerror, f"the shard of sample {sample_key(row.user_idx)}") from None
         if len(self._open) > self.max_open_shards:
             os.close(self._open.popitem(last=False)[1][0])
         return self._open[row.shard]

@@ -1,22 +1,32 @@
 """Packed training batches: which samples of an epoch share a row, and the tensors of a micro-batch.
 
 Rows hold several users one after another; the mask lets a position see only its own user's earlier positions, so packing
-changes no result and padding stays small. An epoch's plan is a function of (seed, epoch) alone; see sharding/partition.
+changes no result and padding stays small. An epoch's plan is a function of (seed, epoch) and the shards that are left out;
+see sharding/partition. It is made from the catalogue's histories and the index: no shard is read before its rows are.
+
+Where shards.max_bad_shards allows it, a sample whose bytes are not what was written leaves padding in its row. That depends
+on the sample alone, so it is the same on any number of ranks and after a resume.
 """
 
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
+import polars as pl
 import torch
 
 from contrec_dist.config import Config
+from contrec_dist.data.catalog import HISTORIES_FILE
 from contrec_dist.data.packed_batch import PackedBatch
 from contrec_dist.data.prompts import LEANING_ITEMS, PromptTexts, Ragged
-from contrec_dist.errors import ConfigError
+from contrec_dist.errors import ArtifactError, ConfigError
+from contrec_dist.progress import get_logger
 from sharding.partition import cut_windows, pack_rows, shuffle_windows
 from sharding.token_reader import TokenReader
+from sharding.token_writer import shard_name
 
-LEANING_CHUNK = 65536
+HISTORIES_CHUNK, LEANING_CHUNK = 65536, 65536
+
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -35,6 +45,11 @@ class EpochPlan:
     rows: list[np.ndarray]
     num_positions: int
 
+    @property
+    def num_samples(self) -> int:
+        """Samples in the rows; those of shards that are left out are in none."""
+        return sum(map(len, self.rows))
+
     def padding_ratio(self, row_tokens: int) -> float:
         """Share of positions that hold nothing."""
         return 1.0 - self.num_positions / (len(self.rows) * row_tokens)
@@ -49,7 +64,10 @@ class TrainingRows:
         self.sample_user, self.sample_start, self.sample_stop = cut_windows(
             reader.num_train, config.prompt.max_history
         )
-        self._sample_shard = reader.shard[self.sample_user]
+        self.sample_shard = reader.shard[self.sample_user]
+        self.left_out: frozenset[int] = frozenset()
+        "shards whose samples are in no plan"
+        self._bad: set[int] = set()
         self._responses: dict[tuple[int, int], np.ndarray] = {}
         self._title_lengths: np.ndarray | None = None
 
@@ -63,41 +81,52 @@ class TrainingRows:
             raise ConfigError("train.row_tokens", train.row_tokens, f"at least {lengths.max()}, the longest sample")
         rows: list[np.ndarray] = []
         for shards in shuffle_windows(self.reader.num_shards, train.shuffle_shards, self.config.seed, epoch):
-            samples = rng.permutation(self._samples_of(shards))
+            samples = rng.permutation(self._samples_of([shard for shard in shards if shard not in self.left_out]))
             packed = [samples[row] for row in pack_rows(lengths[samples], train.row_tokens)]
             rows.extend(packed[place] for place in rng.permutation(len(packed)))
-        return EpochPlan(
-            self.sample_user, self.sample_start, self.sample_stop, term, brand, rows, int(lengths.sum())
-        )
+        num_positions = int(lengths[np.concatenate([np.zeros(0, np.int64), *rows])].sum())
+        return EpochPlan(self.sample_user, self.sample_start, self.sample_stop, term, brand, rows, num_positions)
 
-    def _samples_of(self, shards: np.ndarray) -> np.ndarray:
+    def _samples_of(self, shards: Sequence[int]) -> np.ndarray:
         """Samples of some shards, in order; samples are sorted by user, hence by shard."""
-        first, end = np.searchsorted(self._sample_shard, np.sort(shards)), np.searchsorted(self._sample_shard, np.sort(shards) + 1)
-        return np.concatenate([np.arange(*span) for span in zip(first, end)])
+        ordered = np.sort(np.asarray(shards, dtype=np.int64))
+        spans = zip(np.searchsorted(self.sample_shard, ordered), np.searchsorted(self.sample_shard, ordered + 1))
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(*span) for span in spans)])
 
     def build(self, plan: EpochPlan, row_numbers: np.ndarray, num_rows: int) -> PackedBatch:
         """Tensors of the given rows of a plan, filled up with empty rows to num_rows.
 
+        Errors   ArtifactError naming shard and sample where one is not what was written and shards.max_bad_shards is 0;
+                 else the sample is missing, and its shard is in the batch's skipped_shards
         Cost     Whole arrays at a time: what is left of Python is one read a sample, which is most of it.
         """
         samples = [plan.rows[row] for row in row_numbers]
         row_of_sample = np.repeat(np.arange(len(samples)), [len(one) for one in samples])
         chosen = np.concatenate([*samples, np.zeros(0, np.int64)])
-        contents = self._read_windows(plan, chosen)
-        return _join(
-            contents, row_of_sample, self.texts, num_rows, self.config.train.row_tokens, self.num_user_tokens,
+        contents, is_read = self._read_windows(plan, chosen)
+        batch = _join(
+            contents, row_of_sample[is_read], self.texts, num_rows, self.config.train.row_tokens, self.num_user_tokens,
             last_only=self.config.train.targets == "last",
         )  # fmt: skip
+        batch.skipped_shards = torch.from_numpy(self.sample_shard[chosen[~is_read]])
+        return batch
 
-    def _read_windows(self, plan: EpochPlan, samples: np.ndarray) -> "SampleContents":
-        """What the samples hold, end to end in their order."""
+    def _read_windows(self, plan: EpochPlan, samples: np.ndarray) -> tuple["SampleContents", np.ndarray]:
+        """What the samples hold, end to end in their order, and which of them could be read."""
         users, starts, stops = plan.user[samples], plan.start[samples], plan.stop[samples]
         shape = (0, self.reader.num_item_tokens, self.reader.latent_dim)
         items, latents = [np.zeros(0, np.int64)], [np.zeros(shape, np.float32)]
-        for user, start, stop in zip(users.tolist(), starts.tolist(), stops.tolist()):
-            tokens = self.reader.read(user)
+        is_read = np.ones(len(samples), dtype=bool)
+        for place, (user, start, stop) in enumerate(zip(users.tolist(), starts.tolist(), stops.tolist())):
+            try:
+                tokens = self.reader.read(user)
+            except ArtifactError as error:
+                self._skip(user, error)
+                is_read[place] = False
+                continue
             items.append(tokens.items[start:stop])
             latents.append(tokens.latents[start:stop])
+        samples, users, starts, stops = samples[is_read], users[is_read], starts[is_read], stops[is_read]
         leanings = zip(plan.term[samples].tolist(), plan.brand[samples].tolist())
         responses = [self._response(term, brand) for term, brand in leanings]
         if self.user_latents is not None:
@@ -110,7 +139,16 @@ class TrainingRows:
             num_items=stops - starts,
             responses=Ragged.from_arrays(responses),
             user_latents=user_latents,
-        )
+        ), is_read
+
+    def _skip(self, user: int, error: ArtifactError) -> None:
+        """Let a sample go, and say so once a shard; whether there are too many by now, all ranks decide together."""
+        if not self.config.shards.max_bad_shards:
+            raise error
+        shard = int(self.reader.shard[user])
+        if shard not in self._bad:
+            get_logger("train").warning("samples of %s are skipped: %s", shard_name(shard), error)
+        self._bad.add(shard)
 
     def _response(self, term: int, brand: int) -> np.ndarray:
         """Token numbers of a sample's response, empty where it is dropped; one array a pair, kept."""
@@ -142,18 +180,16 @@ class TrainingRows:
     def _read_histories(self) -> None:
         """Leanings and title lengths of all samples, from the items alone, once.
 
-        Cost     One shard in memory at a time; a million users take some seconds
+        Cost     The histories of some ten thousand users in memory at a time; a million users take some seconds
         """
         if self._title_lengths is not None:
             return
         count = len(self.sample_user)
         term, brand, titles = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.int64)
-        bounds = np.searchsorted(self._sample_shard, np.arange(self.reader.num_shards + 1))
-        for shard, (first, end) in enumerate(zip(bounds, bounds[1:])):
-            if first == end:
-                continue
-            items, offsets = self.reader.read_shard_items(shard)
-            own = offsets[self.sample_user[first:end] - np.searchsorted(self.reader.shard, shard)]
+        for first_user in range(0, self.reader.num_samples, HISTORIES_CHUNK):
+            items, offsets = self._load_histories(first_user, first_user + HISTORIES_CHUNK)
+            first, end = np.searchsorted(self.sample_user, [first_user, first_user + HISTORIES_CHUNK])
+            own = offsets[self.sample_user[first:end] - first_user]
             for begin in range(first, end, LEANING_CHUNK):
                 part = slice(begin, min(begin + LEANING_CHUNK, end))
                 base = own[part.start - first : part.stop - first]
@@ -161,6 +197,16 @@ class TrainingRows:
                 term[part], brand[part] = self.texts.leaning(_newest(items, starts, stops, LEANING_ITEMS))
                 titles[part] = self._count_title_tokens(items, starts, stops)
         self._leaning_term, self._leaning_brand, self._title_lengths = term, brand, titles
+
+    def _load_histories(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Whole histories of users start .. stop - 1 end to end. -> items (M,) int64, offsets (users + 1,) int64"""
+        path = self.config.folder("catalog") / HISTORIES_FILE
+        histories = pl.scan_parquet(path).select("items").slice(start, stop - start).collect()["items"]
+        lengths = histories.list.len().to_numpy().astype(np.int64)
+        if not np.array_equal(lengths, self.reader.num_items[start:stop]):
+            raise ArtifactError(path, f"other histories than {self.reader.folder}", "the catalogue that it was made from")
+        items = histories.filter(histories.list.len() > 0).explode().to_numpy()
+        return items.astype(np.int64), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
     def _count_title_tokens(self, items: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """Title tokens of the inputs items[start:stop] of every sample. (n,), (n,) -> (n,)"""

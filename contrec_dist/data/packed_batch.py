@@ -1,6 +1,6 @@
 """The tensors of one packed micro-batch: what the loader hands to the model."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ class PackedBatch:
     Shapes   tokens, segments, places (R, L) int64 (segment 0 is padding);
              slots (I, K) and item_idx (I,), latents (I, K, Z) of the I history items;
              markers (M,); targets (P,) positions of the markers that are targets, target_idx (P,), target_latents (P, K, Z);
-             user_slots (V, K), user_latents (V, K, Z); text_positions (Q,) whose next token is text_labels (Q,)
+             user_slots (V, K), user_latents (V, K, Z); text_positions (Q,) whose next token is text_labels (Q,);
+             skipped_shards (S,) int64: the shards of samples that are missing because they could not be read
     """
 
     tokens: Tensor
@@ -30,6 +31,7 @@ class PackedBatch:
     user_latents: Tensor
     text_positions: Tensor
     text_labels: Tensor
+    skipped_shards: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> "PackedBatch":
         return PackedBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})

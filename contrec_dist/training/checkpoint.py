@@ -84,7 +84,8 @@ def load_checkpoint(
         path, client_state = load_repartitioned(engine, checkpoint, TAG, work=folder / f".{checkpoint.name}.universal")
     if path is None:
         raise ArtifactError(checkpoint, "a checkpoint that DeepSpeed does not load", "one written by this engine")
-    return TrainingPosition(**{name: client_state.get(name, 0) for name in TrainingPosition.__dataclass_fields__})
+    known = TrainingPosition.__dataclass_fields__.keys() & client_state.keys()
+    return TrainingPosition(**{name: client_state[name] for name in known})
 
 
 def _choose(folder: Path, resume: str, base: FrozenBase | None) -> str | None | ContRecError:

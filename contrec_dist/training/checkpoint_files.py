@@ -25,13 +25,17 @@ class TrainingPosition:
     """Where a run stands: everything that the data order and the learning rate are a function of.
 
     step counts optimizer steps over the run, epoch_step inside the epoch; the next batch is (epoch, epoch_step).
-    bad_steps are those that were not applied.
+    bad_steps are those that were not applied; left_out_shards are in no plan, samples of bad_shards are skipped when they are
+    met (training/bad_shards.py).
     """
 
     step: int = 0
     epoch: int = 0
     epoch_step: int = 0
     bad_steps: int = 0
+    left_out_shards: tuple[int, ...] = ()
+    bad_shards: tuple[int, ...] = ()
+    skipped_samples: int = 0
 
 
 def verify_checkpoint(folder: Path) -> None:

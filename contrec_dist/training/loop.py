@@ -18,6 +18,7 @@ from contrec_dist.data.batches import EpochPlan, TrainingRows
 from contrec_dist.data.packed_batch import PackedBatch
 from contrec_dist.errors import ContRecError, StageStopped
 from contrec_dist.progress import get_logger, track
+from contrec_dist.training.bad_shards import BadShards
 from contrec_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from contrec_dist.training.checkpoint_files import TrainingPosition
 from contrec_dist.training.frozen_base import find_frozen_base
@@ -99,6 +100,7 @@ class TrainingLoop:
         if config.zero.stage == 0:  # without ZeRO, DeepSpeed applies gradients that are not finite
             engine.optimizer.register_step_pre_hook(self._withhold_bad_step)
         self.base = find_frozen_base(config.backbone)
+        self.bad_shards = BadShards(config, rows, engine.device)
         self.stop = StopRequest(config)
 
     def fit(self) -> None:
@@ -106,6 +108,7 @@ class TrainingLoop:
 
         Errors   StageStopped after SIGTERM, SIGINT or a stop-file, with a checkpoint of the last step in place
                  ContRecError when more than max_bad_steps steps could not be applied
+                 ArtifactError when more than max_bad_shards shards cannot be read
         """
         resumed = load_checkpoint(self.engine, self.folder, resume=self.config.launch.resume, base=self.base)
         if resumed is not None:
@@ -113,6 +116,7 @@ class TrainingLoop:
             if dist.get_rank() == 0:
                 self.log.info("resumed at step %d (epoch %d)", resumed.step, resumed.epoch)
         self.watchdog.beat("checkpoint loaded")
+        self.position = self.bad_shards.agree(self.position, is_resumed=resumed is not None, beat=self.watchdog.beat)
         if dist.get_rank() == 0:
             trim_lines(self.folder / METRICS_NAME, self.position.step)
         self.monitor.start(self.position.step)
@@ -138,7 +142,7 @@ class TrainingLoop:
             padding = plan.padding_ratio(self.config.train.row_tokens)
             self.log.info(
                 "epoch %d: %d samples in %d rows, %d steps, padding %.1f%%",
-                self.position.epoch, len(plan.user), len(plan.rows), num_steps, 100 * padding,
+                self.position.epoch, plan.num_samples, len(plan.rows), num_steps, 100 * padding,
             )  # fmt: skip
         steps = self.monitor.waiting(dataset.load(num_loader_workers(self.config, self.engine.device)))
         if dist.get_rank() == 0:
@@ -161,6 +165,7 @@ class TrainingLoop:
     ) -> None:
         self._set_learning_rate(steps_in_epoch)
         counts = self._global_counts(micro_batches)
+        self.position = self.bad_shards.count_skipped(self.position, [batch for _, batch in micro_batches])
         sums = {}
         for number, batch in micro_batches:
             if sums:
@@ -253,6 +258,8 @@ class TrainingLoop:
             finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
             line = {"step": self.position.step, "epoch": self.position.epoch, **finite,
                     "learning_rate": self.learning_rate, "num_targets": int(counts[0])}  # fmt: skip
+            if self.config.shards.max_bad_shards:
+                line["skipped_samples"] = self.position.skipped_samples
             append_line(self.folder / METRICS_NAME, line)
 
     def _refuse_bad_step(self, loss: float, dataset: MicroBatches, sums: dict[int, list[float]]) -> None:

@@ -24,6 +24,7 @@ from contrec_dist.model.export import build_model, load_export, save_export
 from contrec_dist.training.abandoned_builds import releasing_abandoned_builds
 from contrec_dist.training.train import load_user_latents, stage_settings
 from contrec_dist.training.watchdog import Watchdog
+from sharding.shard_files import open_shards
 from sharding.token_reader import TokenReader
 
 PROBE_QUERIES = 1000
@@ -155,7 +156,8 @@ def _train_and_export(config: Config, work: Path, watchdog: Watchdog) -> dict:
             shutil.copyfile(checkpoints / METRICS_NAME, work / METRICS_NAME)
         write_retrieval_inputs(config, work)
     dist.barrier()
-    return {"num_steps": loop.position.step, "world_size": world_size, "bad_steps": loop.position.bad_steps}
+    steps = {"num_steps": loop.position.step, "world_size": world_size, "bad_steps": loop.position.bad_steps}
+    return steps | loop.bad_shards.facts(loop.position)
 
 
 @dataclasses.dataclass
@@ -174,7 +176,7 @@ class TrainingData:
         tokens = config.folder("tokens")
         items = pl.read_parquet(config.folder("catalog") / "items.parquet")
         texts = PromptTexts(items, tokenizer, config.prompt)
-        reader = TokenReader(tokens)
+        reader = TokenReader(tokens, shards=open_shards(config))
         return cls(
             rows=TrainingRows(config, reader, texts, load_user_latents(config)),
             item_latents=torch.from_numpy(np.load(tokens / "item_latents.npy")),

@@ -103,26 +103,6 @@ def test_pickled_reader_reads_the_same_and_carries_no_index(tokens):
     assert_same(pickle.loads(data).read(7), make_sample(7))
 
 
-def test_items_of_a_shard_are_those_of_its_users(tokens):
-    reader = TokenReader(tokens)
-    for shard in range(3):
-        items, offsets = reader.read_shard_items(shard)
-        users = range(shard * USERS_PER_SHARD, min((shard + 1) * USERS_PER_SHARD, NUM_USERS))
-        assert items.dtype == np.int64 and len(offsets) == len(users) + 1
-        for place, user in enumerate(users):
-            assert items[offsets[place] : offsets[place + 1]].tolist() == make_sample(user).items.tolist()
-
-
-def test_items_of_a_missing_or_cut_off_shard_are_refused(tokens):
-    path = tokens / shard_name(1)
-    path.write_bytes(path.read_bytes()[:2048])
-    with pytest.raises(ArtifactError, match="a file of 2048 bytes"):
-        TokenReader(tokens).read_shard_items(1)
-    path.unlink()
-    with pytest.raises(ArtifactError, match="No such file.*the shard of sample 000000000004"):
-        TokenReader(tokens).read_shard_items(1)
-
-
 def test_missing_shard_is_named_with_the_sample(tokens):
     (tokens / shard_name(1)).unlink()
     with pytest.raises(ArtifactError, match="000001.tar.*No such file.*000000000006"):
