@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "index replay": ("contrec_dist.commands.index_replay", "make the changes of an index again on the one built in its place"),
     "estimate": ("contrec_dist.commands.estimate", "memory of a training rank, by part and ZeRO stage, before anything runs"),
     "export": ("contrec_dist.commands.export", "the trained model as a folder of its own, its adapters merged or separate"),
+    "verify": ("contrec_dist.commands.verify", "every file of a run against what was written down of it; all that is broken is named"),
     "env": ("contrec_dist.commands.env", "versions and machine as Markdown for a bug report, and what is missing for what"),
     "baseline": ("contrec_dist.commands.baseline", "fit a baseline and write its recommendations beside the model's"),
     "ablate": ("contrec_dist.commands.ablate", "one change at a time: rows of configs/ablation, each judged against the base"),
