@@ -74,6 +74,7 @@ def _load_row(path: Path, files: Sequence[str], overrides: Sequence[str]) -> Abl
         config,
         run_dir=str(Path(base.run_dir) / ABLATION_FOLDER / path.stem),
         evaluate=dataclasses.replace(config.evaluate, baselines=baselines),
+        shards=dataclasses.replace(config.shards, url=""),  # a copy of the base's shards holds other latents
     )
     change = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
     return AblationRow(name=path.stem, about=_opening_comment(path), change=change, config=config)

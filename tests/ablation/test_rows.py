@@ -68,6 +68,17 @@ def test_rows_of_other_tokens_have_as_many_numbers_an_item_as_the_base(shipped, 
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_longest_sample_of_a_shipped_row_fits_and_a_step_has_as_many_positions(shipped, name):
+    prompt, train = shipped[name].config.prompt, shipped[name].config.train
+    titled = prompt.max_history if prompt.titled_items < 0 else prompt.titled_items
+    length = prompt.max_history * (1 + shipped[name].config.tokenizer.num_item_tokens) + titled * prompt.max_title_tokens
+    length += len(prompt.instruction) + prompt.max_response_tokens + 1  # a token is a character at least
+    assert length <= train.row_tokens
+    assert train.row_tokens * train.global_batch_rows == 8192
+    assert train.global_batch_rows % (train.micro_batch_rows * shipped[name].config.launch.num_ranks) == 0
+
+
 def test_a_rows_change_stands_against_the_arguments_and_they_against_the_base(tmp_path):
     folder = write_rows(tmp_path / "rows", changed="# more epochs\ntrain:\n  num_epochs: 7\n")
     base, changed = load_rows(folder, [BEAUTY], ["train.num_epochs=3", "train.clip_norm=2.5", "run_dir=somewhere"])
@@ -77,9 +88,11 @@ def test_a_rows_change_stands_against_the_arguments_and_they_against_the_base(tm
     assert base.config.name == changed.config.name == "beauty"
 
 
-def test_rows_do_not_ask_for_the_bases_baselines(tmp_path):
-    row = load_rows(write_rows(tmp_path / "rows"), [BEAUTY], ["evaluate.baselines=[popularity,tiger]"])[0]
-    assert row.config.evaluate.baselines == ["popularity"]
+def test_rows_have_neither_the_bases_baselines_nor_a_copy_of_its_shards(tmp_path):
+    """Both belong to the base's run: the copy holds other latents than a row with another tokenizer has."""
+    overrides = ["evaluate.baselines=[popularity,tiger]", "shards.url=/elsewhere/tokens"]
+    row = load_rows(write_rows(tmp_path / "rows"), [BEAUTY], overrides)[0]
+    assert row.config.evaluate.baselines == ["popularity"] and row.config.shards.url == ""
 
 
 def test_rows_are_picked_by_name_in_their_own_order(shipped):
