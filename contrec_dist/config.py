@@ -525,6 +525,95 @@ class TigerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ItemKnnConfig:
+    """The baseline item_knn: what followed the items met last (baselines/item_knn.py has the formula). Read by it alone."""
+
+    window: int = 50
+    "places between two items of a history, most, that make them a pair"
+    gap_decay: float = 0.5
+    "a pair g places apart counts 1 / g ** gap_decay"
+    backward_weight: float = 0.25
+    "weight of a pair taken against its order: 0 what came after alone, 1 before and after alike"
+    num_recent: int = 10
+    "newest items of a history that are looked up"
+    recency_decay: float = 1.3
+    "the a-th newest item counts 1 / a ** recency_decay"
+    source_power: float = 0.25
+    "exponent of the looked-up item's popularity in the divisor"
+    target_power: float = 0.25
+    "exponent of the scored item's popularity in the divisor (both 0.5: cosine)"
+    shrinkage: float = 1.0
+    "added to the divisor, against pairs of rare items"
+    neighbours: int = 0
+    "largest similarities that an item keeps; 0: all"
+
+    def __post_init__(self):
+        for name in ("window", "num_recent"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"item_knn.{name}", getattr(self, name), "at least 1")
+        for name in ("backward_weight", "shrinkage", "neighbours"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"item_knn.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class SasRecConfig:
+    """The baselines sasrec and sasrec_text: a causal transformer over item vectors. Read by them alone."""
+
+    num_epochs: int = 40
+    "passes over the training targets, most: it stops when validation no longer improves"
+    learning_rate: float = 1e-3
+    "AdamW peak learning rate"
+    dropout: float = 0.4
+    "dropout on what enters the transformer, on its branches, and inside the text MLP"
+    weight_decay: float = 0.01
+    "AdamW weight decay on matrices, the item table among them"
+    hidden_size: int = 64
+    "D, width of item vectors and transformer"
+    num_layers: int = 2
+    "transformer layers"
+    num_heads: int = 2
+    "attention heads"
+    intermediate_size: int = 256
+    "width of the transformer's MLP"
+    text_hidden_size: int = 256
+    "width of the MLP that reads an item's text (sasrec_text)"
+    max_history: Optional[int] = None
+    "items of a history, newest kept; null: prompt.max_history, what the model gets"
+    batch_targets: int = 2048
+    "targets of an optimizer step"
+    loss: Literal["full", "sampled"] = "full"
+    "softmax over the whole catalogue, or over negatives that a step's targets share (log-probability corrected)"
+    num_negatives: int = 8192
+    "negatives a step (loss sampled); where the catalogue has no more, each item once"
+    negative_power: float = 0.5
+    "negatives are drawn with p ~ (training interactions + 1) ** negative_power: 0 uniform, 1 by popularity"
+    schedule: Literal["constant", "cosine"] = "constant"
+    "learning rate after the warm-up: as it is, or cosine to 0 over num_epochs"
+    warmup_ratio: float = 0.02
+    "share of num_epochs of linear warm-up"
+    clip_norm: float = 1.0
+    "gradient norm limit"
+    validate_every_epochs: int = 2
+    "epochs between measurements of validation NDCG@10, whose best weights are kept"
+    patience: int = 4
+    "measurements without a better one after which it stops"
+    validation_users: int = 0
+    "users of such a measurement, spread evenly; 0: all"
+    batch_users: int = 256
+    "users a forward pass of scoring"
+
+    def __post_init__(self):
+        for name in ("num_epochs", "batch_targets", "num_negatives", "validate_every_epochs", "patience", "batch_users"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sasrec.{name}", getattr(self, name), "at least 1")
+        if self.max_history is not None and self.max_history < 1:
+            raise ConfigError("sasrec.max_history", self.max_history, "at least 1, or null")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError("sasrec.hidden_size", self.hidden_size, f"a multiple of sasrec.num_heads ({self.num_heads})")
+
+
+@dataclass(kw_only=True, slots=True)
 class LaunchConfig:
     """How training is executed; no effect on what is computed."""
 
@@ -660,6 +749,8 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tiger: TigerConfig = field(default_factory=TigerConfig)
+    item_knn: ItemKnnConfig = field(default_factory=ItemKnnConfig)
+    sasrec: SasRecConfig = field(default_factory=SasRecConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

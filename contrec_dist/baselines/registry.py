@@ -15,6 +15,9 @@ from contrec_dist.errors import ConfigError
 
 BASELINES: dict[str, tuple[str, str]] = {
     "popularity": ("contrec_dist.baselines.popularity", "the same most-trained-on items for everybody"),
+    "item_knn": ("contrec_dist.baselines.item_knn", "what followed the items met last, in everybody's training histories"),
+    "sasrec": ("contrec_dist.baselines.sasrec.baseline", "a causal transformer over item ids, softmax over the catalogue"),
+    "sasrec_text": ("contrec_dist.baselines.sasrec.with_text", "the same, an item's text in its vector"),
     "tiger": ("contrec_dist.baselines.tiger.baseline", "semantic ids by an RQ-VAE, a causal LM over them, beam search"),
 }
 

@@ -1,0 +1,1 @@
+"""SASRec: a causal transformer over item vectors, with and without the items' text."""
