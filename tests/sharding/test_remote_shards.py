@@ -150,8 +150,9 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(config, server, damage):
     assert_all_users_come_back(open_reader(config))
     path = cached(config)[1]
     data = path.read_bytes()
-    path.write_bytes(data[:700] if damage == "cut" else data.replace(make_sample(4).latents.tobytes(), b"\1" * 24))
-    assert path.read_bytes() != data
+    latents = make_sample(4).latents.tobytes()
+    path.write_bytes(data[:700] if damage == "cut" else data.replace(latents, b"\1" * len(latents)))
+    assert path.read_bytes() != data and (len(path.read_bytes()) == len(data)) == (damage == "corrupt")
     assert_all_users_come_back(open_reader(config))
     assert path.read_bytes() == data and server.requests[1] == 2 and server.requests[0] == 1
 

@@ -181,6 +181,9 @@ def test_a_corrupt_sample_leaves_padding_and_every_other_sample_stays(world, one
     assert planned_users(plan) == set(range(len(HISTORIES)))  # the plan is what it was
     expected = Counter(item for user, one in enumerate(HISTORIES) if user != 4 for item in one[1:-2])
     assert Counter(batch.target_idx.tolist()) == expected
+    without = replace(plan, rows=[row[plan.user[row] != 4] for row in plan.rows])
+    for name, value in vars(rows.build(without, np.arange(len(plan.rows)), len(plan.rows))).items():
+        assert name == "skipped_shards" or torch.equal(value, getattr(batch, name)), name
     num_skipped = int((plan.user == 4).sum())
     assert batch.skipped_shards.tolist() == [1] * num_skipped
     told = [record.getMessage() for record in caplog.records]
