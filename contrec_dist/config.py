@@ -24,8 +24,6 @@ NO_IDENTITY = {"identity": False}
 "metadata of a field that says only how its section is executed: it is left out of every identity, as `launch` and `ray` are"
 IDENTITY_IF_SET = {"identity": "if set"}
 "metadata of a switch that joined its section later: at its default it is left out of identities, so that finished runs stay so"
-IDENTITY_IF_SET = {"identity": "if set"}
-"metadata of a switch that joined its section later: at its default it is left out of identities, so that finished runs stay so"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -436,18 +434,23 @@ class ScoreConfig:
     "ancestral DDPM, whose fresh noise ranks best in few steps too; DPM-Solver++(2M); DDIM"
     guidance: float = 1.0
     "classifier-free guidance w: x0 = (1 + w) x0(h) - w x0(null)"
+    guidance_min_sigma: float = 0.4
+    "noise below which samples are no longer guided (they are all but decided); 0: guided at every step"
     posterior_items: int = 512
     "most likely items over which the closed form of head.kind 'bayes' sums (rank_by samples)"
-    reasoning: Literal["generate", "none"] = "generate"
-    "let the LLM write its reasoning text first, or skip it"
+    reasoning: Literal["generate", "aside", "none"] = "generate"
+    "let the LLM write its reasoning text first and rank by what it knows then, write it aside and rank without it, or skip it"
     text_weights: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 1.0, 2.0])
     "candidates for pi, the weight of the text similarity; the best on validation users is taken"
+    transition_weights: list[float] = field(default_factory=lambda: [0.0], metadata=IDENTITY_IF_SET)
+    "candidates for rho, the weight of what followed a user's newest items in training histories (section item_knn); the best "
+    "with pi is taken"
     num_candidates: int = 100
-    "candidates a user that the text similarity re-ranks"
+    "candidates a user that texts and transitions re-rank"
     users_per_part: int = 4096
     "users a part file: fixes which user lies in which part"
-    batch_users: int = 256
-    "users a forward pass"
+    batch_users: int = 128
+    "users a forward pass; 64 to 256 keep a small model's activations in a core's cache"
     filter_seen: bool = True
     "leave out what a user has met; of split 'next' alone, since 'validation' and 'test' are written both ways"
     users_file: str = ""
@@ -526,7 +529,7 @@ class TigerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ItemKnnConfig:
-    """The baseline item_knn: what followed the items met last (baselines/item_knn.py has the formula). Read by it alone."""
+    """The baseline item_knn: what followed the items met last (formula: baselines/item_knn.py); score.transition_weights use it too."""
 
     window: int = 50
     "places between two items of a history, most, that make them a pair"
@@ -554,6 +557,20 @@ class ItemKnnConfig:
         for name in ("backward_weight", "shrinkage", "neighbours"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"item_knn.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class TextKnnConfig:
+    """The baseline text_knn: nearest texts (baselines/text_knn.py has the formula). Read by it alone."""
+
+    num_recent: int = 5
+    "newest items of a history that count"
+    recency_decay: float = 1.0
+    "the a-th newest item counts 1 / a ** recency_decay"
+
+    def __post_init__(self):
+        if self.num_recent < 1:
+            raise ConfigError("text_knn.num_recent", self.num_recent, "at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -750,6 +767,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tiger: TigerConfig = field(default_factory=TigerConfig)
     item_knn: ItemKnnConfig = field(default_factory=ItemKnnConfig)
+    text_knn: TextKnnConfig = field(default_factory=TextKnnConfig)
     sasrec: SasRecConfig = field(default_factory=SasRecConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)

@@ -246,7 +246,9 @@ def _plain(value: object) -> object:
 def _counts(field: dataclasses.Field, value: object) -> bool:
     """Whether a field enters the identity; see NO_IDENTITY and IDENTITY_IF_SET in config.py."""
     counts = field.metadata.get("identity", True)
-    return value != field.default if counts == "if set" else counts
+    if counts != "if set":
+        return counts
+    return value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
 
 
 def _complete_manifest(target: Path, identity: str, elsewhere: tuple[str, ...]) -> Manifest | None:

@@ -18,6 +18,7 @@ BASELINES: dict[str, tuple[str, str]] = {
     "item_knn": ("contrec_dist.baselines.item_knn", "what followed the items met last, in everybody's training histories"),
     "sasrec": ("contrec_dist.baselines.sasrec.baseline", "a causal transformer over item ids, softmax over the catalogue"),
     "sasrec_text": ("contrec_dist.baselines.sasrec.with_text", "the same, an item's text in its vector"),
+    "text_knn": ("contrec_dist.baselines.text_knn", "the items whose text is nearest to that of the items met last"),
     "tiger": ("contrec_dist.baselines.tiger.baseline", "semantic ids by an RQ-VAE, a causal LM over them, beam search"),
 }
 

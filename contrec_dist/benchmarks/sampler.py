@@ -2,7 +2,8 @@
 
     python launchers/benchmark.py sampler --config configs/beauty.yaml run_dir=...
 
-Every chain draws score.num_samples latents a user with score.guidance and is ranked as `score.rank_by=samples` ranks. HR@10
+Every chain draws score.num_samples latents a user with score.guidance and is ranked as `score.rank_by=samples` ranks; the
+reference is guided at every step, the others down to score.guidance_min_sigma. HR@10
 is a mean over users and seeds. Chains are compared on the same users; the interval of a ratio is a bootstrap over users of
 their mean hits over seeds, so it holds the noise of the draws too. Seconds are CPU seconds of the sampler alone, one thread.
 """
@@ -65,13 +66,14 @@ def run(parsed: argparse.Namespace) -> dict:
     names = [parsed.reference, *(name for name in parsed.chains if name != parsed.reference)]
     records = []
     for chain in map(Chain.parse, names):
-        hits, seconds = bench.measure(chain, parsed.seeds)
+        min_sigma = config.score.guidance_min_sigma if records else 0.0  # the reference is guided at every step
+        hits, seconds = bench.measure(chain, parsed.seeds, min_sigma)
         reference = records[0]["hits"] if records else hits
         records.append(describe(chain, hits, seconds, reference, records[0]["seconds"] if records else seconds, config.seed))
         get_logger("benchmark").info("%s: HR@%d %.4f", chain, HIT_CUT, records[-1]["hr"])
     print_table(records, config, len(bench.users), parsed.seeds)
     chains = [{name: value for name, value in record.items() if name != "hits"} for record in records]
-    settings = {"guidance": config.score.guidance, "samples": config.score.num_samples}
+    settings = {"guidance": config.score.guidance, "guidance_min_sigma": config.score.guidance_min_sigma, "samples": config.score.num_samples}
     return {"users": len(bench.users), "seeds": parsed.seeds, **settings, "chains": chains}
 
 
@@ -93,9 +95,10 @@ class SamplerBench:
         condition = views.read_users(users, reasoning=False).condition
         return cls(views, Retriever.open(config), users, condition)
 
-    def measure(self, chain: Chain, num_seeds: int) -> tuple[np.ndarray, float]:
+    def measure(self, chain: Chain, num_seeds: int, guidance_min_sigma: float) -> tuple[np.ndarray, float]:
         """Share of seeds in which a user's target was found, (B,), and CPU seconds of a draw for all users."""
-        score = replace(self.retriever.score, solver=chain.solver, num_sampling_steps=chain.num_steps)
+        changes = {"solver": chain.solver, "num_sampling_steps": chain.num_steps, "guidance_min_sigma": guidance_min_sigma}
+        score = replace(self.retriever.score, **changes)
         retriever, hits, seconds = replace(self.retriever, score=score), np.zeros(len(self.users)), 0.0
         chunks = [np.arange(start, min(start + CHUNK_USERS, len(hits))) for start in range(0, len(hits), CHUNK_USERS)]
         for seed in range(num_seeds):

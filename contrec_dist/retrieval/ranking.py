@@ -106,20 +106,22 @@ def fuse_samples(
     return best_first(fused - np.log(num_samples), np.where(first, items, -1), k)
 
 
-def combine_text(
-    scores: np.ndarray, item_idx: np.ndarray, text_scores: np.ndarray, weight: float, k: int
+def combine_scores(
+    scores: np.ndarray, item_idx: np.ndarray, others: dict[str, tuple[float, np.ndarray]], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Re-rank candidates by score + weight * text score (weight: pi of the paper), with the contract's tie rule.
+    """Re-rank candidates by score + sum of weight * other score, by name in `others`, with the contract's tie rule.
 
-    Shapes   scores, item_idx, text_scores (B, C) -> (B, k) float32, (B, k) int64
+    Shapes   scores, item_idx and every other score (B, C) -> (B, k) float32, (B, k) int64
+    Errors   DataError naming a score of another shape, or that is not finite
     """
-    if not scores.shape == item_idx.shape == text_scores.shape:
-        got = f"scores {scores.shape}, item_idx {item_idx.shape}, text_scores {text_scores.shape}"
-        raise DataError("candidates", got, "one shape (B, C)")
-    present = item_idx >= 0
-    if not np.isfinite(text_scores[present]).all():
-        raise DataError("text_scores", "NaN or infinity", "finite numbers")
-    hybrid = scores.astype(np.float64) + weight * np.where(present, text_scores, 0.0)
+    present, hybrid = item_idx >= 0, scores.astype(np.float64)
+    for name, (weight, values) in others.items():
+        if not scores.shape == item_idx.shape == values.shape:
+            got = f"scores {scores.shape}, item_idx {item_idx.shape}, {name} {values.shape}"
+            raise DataError("candidates", got, "one shape (B, C)")
+        if not np.isfinite(values[present]).all():
+            raise DataError(name, "NaN or infinity", "finite numbers")
+        hybrid += weight * np.where(present, values, 0.0)
     return best_first(hybrid.astype(np.float32), item_idx, k)
 
 

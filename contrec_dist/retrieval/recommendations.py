@@ -3,13 +3,14 @@
     user_id str, rank int64 (from 1), item_id str, score float32, reason str, model_version str, index_version str
 """
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from contrec_dist.retrieval.pairing import Versions
-from contrec_dist.retrieval.ranking import combine_text
+from contrec_dist.retrieval.ranking import combine_scores
 
 SCHEMA = {
     "user_id": pl.String, "rank": pl.Int64, "item_id": pl.String, "score": pl.Float32, "reason": pl.String,
@@ -17,12 +18,27 @@ SCHEMA = {
 }  # fmt: skip
 
 
-def rerank(frame: pl.DataFrame, view: str, text_weight: float, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best by latent score + pi * text similarity, of candidates as make_frame holds them. -> scores (B, k), item_idx (B, k)"""
+@dataclass(frozen=True)
+class HybridWeights:
+    """What the other scores of a candidate count beside the model's."""
+
+    texts: float = 0.0
+    "pi: similarity of the text that the LLM wrote and the item's"
+    transitions: float = 0.0
+    "rho: what followed the newest items in training histories"
+
+
+def rerank(frame: pl.DataFrame, view: str, weights: HybridWeights, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of CandidateFinder's candidates by the model's score + pi * text similarity + rho * transition score.
+
+    Shapes   -> scores (B, k), item_idx (B, k)
+    """
     scores, item_idx = (frame[f"{view}_{name}"].to_numpy() for name in ("scores", "items"))
-    if text_weight == 0.0:  # already in order
+    used = {name: weight for name, weight in asdict(weights).items() if weight}
+    if not used:  # already in order
         return scores[:, :k], item_idx[:, :k]
-    return combine_text(scores, item_idx, frame[f"{view}_texts"].to_numpy(), text_weight, k)
+    others = {name: (weight, frame[f"{view}_{name}"].to_numpy()) for name, weight in used.items()}
+    return combine_scores(scores, item_idx, others, k)
 
 
 def list_rows(
@@ -42,11 +58,13 @@ def list_rows(
     return rows.with_columns(**versions).select(list(SCHEMA))
 
 
-def write_rows(frame: pl.DataFrame, view: str, path: Path, *, text_weight: float, k: int, item_ids, versions: Versions) -> int:
+def write_rows(
+    frame: pl.DataFrame, view: str, path: Path, *, weights: HybridWeights, k: int, item_ids: pl.Series, versions: Versions
+) -> int:
     """Re-rank the candidates of a range, write their lists, and return how many rows that are."""
     if len(frame) == 0:
         pl.DataFrame(schema=SCHEMA).write_parquet(path)
         return 0
-    rows = list_rows(frame, *rerank(frame, view, text_weight, k), item_ids, versions)
+    rows = list_rows(frame, *rerank(frame, view, weights, k), item_ids, versions)
     rows.write_parquet(path)
     return len(rows)

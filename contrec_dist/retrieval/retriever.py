@@ -65,7 +65,7 @@ class Retriever:
     @property
     def num_candidates(self) -> int:
         """C: never fewer than are asked for, and no more where nothing re-ranks them."""
-        final = self.score.rank_by == "query" and self.score.reasoning == "none"
+        final = self.score.rank_by == "query" and self.score.reasoning == "none" and not any(self.score.transition_weights)
         return self.score.k if final else max(self.score.num_candidates, self.score.k)
 
     def find(
@@ -87,6 +87,7 @@ class Retriever:
             num_steps=self.score.num_sampling_steps,
             solver=self.score.solver,
             guidance=self.score.guidance,
+            guidance_min_sigma=self.score.guidance_min_sigma,
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + seed),
             denoise=self._closed_form(views, condition) if views.model.head.denoiser is None else None,
         )

@@ -1,20 +1,22 @@
 """The score stage: batch Top-K for every user, on Ray -> recommendations/.
 
 Exactly-once parts over fixed user ranges read histories with the model, let the LLM write its reasoning where asked, and
-retrieve from the FAISS shards. Where pi, the weight of the text similarity, is still to be chosen on validation users, the
-candidates are kept and a second pass re-ranks them; else there is one pass. Written is
+retrieve from the FAISS shards. Where pi, the weight of the text similarity, or rho, that of the transition score, is still to
+be chosen on validation users, the candidates are kept and a second pass re-ranks them; else there is one pass. Written is
 
     <output>/split={validation,test,next}/seen={masked,kept}/part-000000.parquet     columns: recommendations.py
 
 The output is recommendations/, or a folder of its own where score.users_file or score.histories_file names the users.
 Killed and started again, a job gives the same bytes as one that never was.
 
-Cost     memory of driver and workers does not grow with the users of the catalogue: every process reads ranges.
+Cost     memory of driver and workers does not grow with the users of the catalogue: every process reads ranges. Where
+         transitions count, the driver reads all training histories once.
 """
 
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Iterator
 
@@ -28,7 +30,7 @@ from contrec_dist.model.export import load_export
 from contrec_dist.progress import get_logger
 from contrec_dist.retrieval.current_index import current_version, open_current
 from contrec_dist.retrieval.pairing import Versions, check_pairing
-from contrec_dist.retrieval.recommendations import rerank
+from contrec_dist.retrieval.recommendations import HybridWeights, rerank
 from contrec_dist.retrieval.retriever import Retriever, searched_spaces
 from contrec_dist.retrieval.score_workers import (
     CandidateWriter,
@@ -38,12 +40,13 @@ from contrec_dist.retrieval.score_workers import (
     views_of,
 )
 from contrec_dist.retrieval.scored_users import ScoredUsers
+from contrec_dist.retrieval.transitions import fit_transitions
 from contrec_dist.retrieval.user_views import UserViews
 from contrec_dist.retrieval.users_files import NamedUsers, pick_users, read_histories
 from sharding.partition import part_ranges
 from sharding.ray_jobs import Part, ray_session, remove_part_records, run_parts
 
-CANDIDATES, NAMED_USERS = ".candidates", ".users.parquet"
+CANDIDATES, NAMED_USERS, TRANSITIONS = ".candidates", ".users.parquet", ".transitions"
 CHOICE_CUTOFF = 10
 Range = tuple[int, int]
 
@@ -75,7 +78,12 @@ def run(config: Config) -> Manifest:
 def _identity(config: Config, named: str) -> dict:
     """What lists depend on besides config and inputs: the users of a file, and the changes to the index since it was built."""
     built = (config.folder("index") / MANIFEST_NAME).is_file()  # else the stage itself says what is missing
-    return {"users": hash_file(Path(named)) if named else "", "index_version": current_version(config)[1] if built else ""}
+    similarity = asdict(config.item_knn) if any(config.score.transition_weights) else {}
+    return {
+        "users": hash_file(Path(named)) if named else "",
+        "index_version": current_version(config)[1] if built else "",
+        **({"item_knn": similarity} if similarity else {}),
+    }
 
 
 def output_folder(config: Config) -> str:
@@ -96,7 +104,8 @@ def _build(config: Config, work: Path) -> dict:
         job = ScoreJob(config, work, named.users, ranges, versions)
         choice, parts = job.run()
     remove_part_records(work)
-    shutil.rmtree(work / CANDIDATES, ignore_errors=True)
+    for folder in (CANDIDATES, TRANSITIONS):
+        shutil.rmtree(work / folder, ignore_errors=True)
     (work / NAMED_USERS).unlink(missing_ok=True)
     facts = {"model_version": versions.model, "index_version": versions.index, "k": config.score.k, "rank_by": config.score.rank_by}
     return {**choice, **facts, **summarize_parts(parts), **named.facts}
@@ -136,23 +145,26 @@ class ScoreJob:
     versions: Versions
 
     def run(self) -> tuple[dict, list[dict]]:
-        """Make all parts; how pi was chosen, and the facts of the parts."""
-        known = known_text_weight(self.config)
+        """Make all parts; how the weights were chosen, and the facts of the parts."""
+        known, transitions = known_weights(self.config), None
+        if any(self.config.score.transition_weights) if known is None else known.transitions:
+            transitions = self.work / TRANSITIONS
+            fit_transitions(self.config, transitions)
+        arguments = {"users": self.users, "versions": self.versions, "transitions": transitions}
         if known is not None:
-            arguments = {"users": self.users, "text_weight": known, "versions": self.versions}
-            parts = self._run_parts(DirectWriter, arguments, self._parts(), "parts")
-            return {"text_weight": known, "text_weight_ndcg": {}}, parts
+            parts = self._run_parts(DirectWriter, arguments | {"weights": known}, self._parts(), "parts")
+            return describe_choice(known, {}), parts
         candidates = [
             Part(name=candidate_name(split, part), payload={"split": split, "start": start, "stop": stop})
             for split, part, (start, stop) in self._each_range()
         ]
-        arguments = {"users": self.users, "versions": self.versions}
         found = self._run_parts(CandidateWriter, arguments, candidates, "candidate parts", self.work / CANDIDATES)
-        choice = choose_text_weight(self.config, self.work, self.users, self.ranges)
-        weight = choice["text_weight"]
-        get_logger("score").info("text weight pi = %g, chosen on validation", weight)
-        arguments = {"candidates": self.work / CANDIDATES, "text_weight": weight, "versions": self.versions}
-        return choice, found + self._run_parts(RecommendationWriter, arguments, self._parts(text_weight=weight), "parts")
+        weights, choice = choose_weights(self.config, self.work, self.users, self.ranges)
+        told = "weights of text (pi) %g and transitions (rho) %g, chosen on validation"
+        get_logger("score").info(told, weights.texts, weights.transitions)
+        arguments = {"candidates": self.work / CANDIDATES, "weights": weights, "versions": self.versions}
+        parts = self._parts(text_weight=weights.texts, transition_weight=weights.transitions)
+        return choice, found + self._run_parts(RecommendationWriter, arguments, parts, "parts")
 
     def _parts(self, **more) -> list[Part]:
         """One part a range and split, with a file a view."""
@@ -174,32 +186,48 @@ class ScoreJob:
         return run_parts(parts, worker, arguments, output_folder=folder, workers=self.config.ray, stage="score", unit=unit)
 
 
-def known_text_weight(config: Config) -> float | None:
-    """pi where nothing is to be chosen: no text, one weight to choose from, or no validation users to choose it on (0)."""
-    if config.score.reasoning == "none":
-        return 0.0
-    if len(config.score.text_weights) == 1:
-        return config.score.text_weights[0]
-    return None if "validation" in config.score.splits else 0.0
+def weight_grid(config: Config) -> list[HybridWeights]:
+    """Every pair of weights to choose from; no text weight where no text is written."""
+    texts = [0.0] if config.score.reasoning == "none" else config.score.text_weights
+    return [HybridWeights(*pair) for pair in product(texts, config.score.transition_weights)]
 
 
-def choose_text_weight(config: Config, work: Path, users: ScoredUsers, ranges: list[Range]) -> dict:
-    """pi of the highest NDCG@10 on validation users (seen masked); the smaller one on a tie.
+def known_weights(config: Config) -> HybridWeights | None:
+    """The weights where nothing is to be chosen: one pair to choose from, or no validation users to choose it on (0, 0)."""
+    grid = weight_grid(config)
+    if len(grid) == 1:
+        return grid[0]
+    if "validation" in config.score.splits:
+        return None
+    told = "no validation users to choose among score.text_weights %s and score.transition_weights %s: neither counts"
+    get_logger("score").warning(told, config.score.text_weights, config.score.transition_weights)
+    return HybridWeights()
 
-    Returns {"text_weight": pi, "text_weight_ndcg": {pi: NDCG@10}}
-    """
-    totals, count = {weight: 0.0 for weight in config.score.text_weights}, 0
+
+def choose_weights(config: Config, work: Path, users: ScoredUsers, ranges: list[Range]) -> tuple[HybridWeights, dict]:
+    """The weights of the highest NDCG@10 on validation users (seen masked), the smaller ones on a tie; and describe_choice."""
+    totals, count = {weights: 0.0 for weights in weight_grid(config)}, 0
     for part, (start, stop) in enumerate(ranges):
         frame = pl.read_parquet(work / CANDIDATES / candidate_name("validation", part))
         wanted = users.load("validation", start, stop).targets[:, None]
         count += len(frame)
-        for weight in totals if len(frame) else ():
-            _, item_idx = rerank(frame, "masked", weight, CHOICE_CUTOFF)
+        for weights in totals if len(frame) else ():
+            _, item_idx = rerank(frame, "masked", weights, CHOICE_CUTOFF)
             _, place = np.nonzero(item_idx == wanted)
-            totals[weight] += float((1 / np.log2(place + 2)).sum())
-    means = {weight: total / max(1, count) for weight, total in totals.items()}
-    best = max(sorted(means), key=lambda weight: (round(means[weight], 6), -weight))
-    return {"text_weight": best, "text_weight_ndcg": {str(weight): value for weight, value in means.items()}}
+            totals[weights] += float((1 / np.log2(place + 2)).sum())
+    means = {weights: total / max(1, count) for weights, total in totals.items()}
+    best = max(means, key=lambda one: (round(means[one], 6), -one.texts, -one.transitions))
+    return best, describe_choice(best, means)
+
+
+def describe_choice(best: HybridWeights, means: dict[HybridWeights, float]) -> dict:
+    """{"text_weight", "transition_weight", and for each of them {weight: NDCG@10 beside the best of the other}}."""
+    texts = {str(one.texts): mean for one, mean in means.items() if one.transitions == best.transitions}
+    transitions = {str(one.transitions): mean for one, mean in means.items() if one.texts == best.texts}
+    return {
+        "text_weight": best.texts, "text_weight_ndcg": texts,
+        "transition_weight": best.transitions, "transition_weight_ndcg": transitions,
+    }  # fmt: skip
 
 
 def summarize_parts(parts: list[dict]) -> dict:

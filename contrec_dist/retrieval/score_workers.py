@@ -5,7 +5,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -14,12 +14,14 @@ import torch
 
 from contrec_dist.config import Config
 from contrec_dist.model.export import load_export
+from contrec_dist.model.history_reader import Reading
 from contrec_dist.retrieval.current_index import open_current
 from contrec_dist.retrieval.pairing import Versions
-from contrec_dist.retrieval.recommendations import write_rows
+from contrec_dist.retrieval.recommendations import HybridWeights, write_rows
 from contrec_dist.retrieval.retriever import Retriever, searched_spaces
-from contrec_dist.retrieval.scored_users import ScoredUsers
+from contrec_dist.retrieval.scored_users import ScoredUsers, Users
 from contrec_dist.retrieval.text_similarity import TextSimilarity
+from contrec_dist.retrieval.transitions import TransitionScores
 from contrec_dist.retrieval.user_views import UserViews
 
 
@@ -62,25 +64,34 @@ class StepClock:
 
 @dataclass
 class CandidateFinder:
-    """Users of a range -> one row a user: user_idx, user_id, reason, and {view}_items, {view}_scores[, {view}_texts]."""
+    """Users of a range -> one row a user: user_idx, user_id, reason, {view}_items, {view}_scores, and as the config asks for
+    them {view}_texts and {view}_transitions.
+    """
 
     config: Config
     views: UserViews
     retriever: Retriever
     texts: TextSimilarity | None
+    transitions: TransitionScores | None
     item_ids: pl.Series
 
     @classmethod
-    def open(cls, config: Config, users: ScoredUsers, versions: Versions) -> "CandidateFinder":
-        """Errors   ArtifactError when the index no longer keeps the version that the job began with"""
+    def open(
+        cls, config: Config, users: ScoredUsers, versions: Versions, transitions: Path | None = None
+    ) -> "CandidateFinder":
+        """`transitions`: the folder of fit_transitions, None where they do not count.
+
+        Errors   ArtifactError when the index no longer keeps the version that the job began with
+        """
         torch.set_num_threads(1)
         torch.manual_seed(config.seed)
         index = open_current(config, searched_spaces(config), number=versions.index_number)
         model, tokenizer = load_export(config.folder("model"))
         views = UserViews.open(config, model.to(scoring_device(config)), tokenizer, users, index)
-        reasoning = config.score.reasoning == "generate"
-        texts = TextSimilarity.open(config.folder("embeddings"), index.embeddings) if reasoning else None
-        return cls(config, views, Retriever.open(config, index), texts, index.items["item_id"])
+        writes = config.score.reasoning != "none"
+        texts = TextSimilarity.open(config.folder("embeddings"), index.embeddings) if writes else None
+        followed = TransitionScores.open(transitions, config.item_knn) if transitions else None
+        return cls(config, views, Retriever.open(config, index), texts, followed, index.items["item_id"])
 
     def find(self, split: str, start: int, stop: int, wanted: Sequence[str], clock: StepClock) -> pl.DataFrame:
         with clock.time("histories"):
@@ -88,7 +99,7 @@ class CandidateFinder:
         frame = {"user_idx": users.user_idx, "user_id": users.user_ids, "reason": [""] * len(users)}
         if len(users):
             with clock.time("model"):
-                reading = self.views.read_users(users, reasoning=self.texts is not None)
+                reading = self._read(users)
                 frame["reason"] = reading.reasons
             with clock.time("search"):
                 found = self.retriever.find(self.views, reading.condition, users, seed=start, wanted=wanted)
@@ -97,14 +108,25 @@ class CandidateFinder:
                 if self.texts is not None:
                     with clock.time("texts"):
                         frame[f"{view}_texts"] = self.texts.scores(reading.reasons, item_idx)
+                if self.transitions is not None:
+                    with clock.time("transitions"):
+                        frame[f"{view}_transitions"] = self.transitions.scores(users, item_idx)
         return pl.DataFrame(frame, schema_overrides={"reason": pl.String})
 
 
-class CandidateWriter:
-    """Ray worker: a range of users of one split -> their candidates, for the choice of pi and the second pass."""
+    def _read(self, users: Users) -> Reading:
+        """Conditions of the users, and what the LLM wrote of them; written aside, the text does not change the condition."""
+        reading = self.views.read_users(users, reasoning=self.texts is not None)
+        if self.config.score.reasoning != "aside":
+            return reading
+        return replace(reading, condition=self.views.read_users(users, reasoning=False).condition)
 
-    def __init__(self, config: Config, users: ScoredUsers, versions: Versions):
-        self.config, self.finder = config, CandidateFinder.open(config, users, versions)
+
+class CandidateWriter:
+    """Ray worker: a range of users of one split -> their candidates, for the choice of the weights and the second pass."""
+
+    def __init__(self, config: Config, users: ScoredUsers, versions: Versions, transitions: Path | None):
+        self.config, self.finder = config, CandidateFinder.open(config, users, versions, transitions)
 
     def process(self, payload: dict, path: Path) -> dict:
         clock = StepClock()
@@ -116,12 +138,12 @@ class CandidateWriter:
 
 
 class RecommendationWriter:
-    """Ray worker: the candidates of a range -> the k best by latent score + pi * text similarity, as rows of item ids."""
+    """Ray worker: the candidates of a range -> the k best by the weights, as rows of item ids."""
 
-    def __init__(self, config: Config, candidates: Path, text_weight: float, versions: Versions):
+    def __init__(self, config: Config, candidates: Path, weights: HybridWeights, versions: Versions):
         self.candidates = candidates
         item_ids = open_current(config, [], number=versions.index_number).items["item_id"]
-        self.settings = {"text_weight": text_weight, "k": config.score.k, "item_ids": item_ids, "versions": versions}
+        self.settings = {"weights": weights, "k": config.score.k, "item_ids": item_ids, "versions": versions}
 
     def process(self, payload: dict, *paths: Path) -> dict:
         clock = StepClock()
@@ -132,12 +154,14 @@ class RecommendationWriter:
 
 
 class DirectWriter:
-    """Ray worker: both at once, where pi is known before."""
+    """Ray worker: both at once, where the weights are known before."""
 
-    def __init__(self, config: Config, users: ScoredUsers, text_weight: float, versions: Versions):
-        self.finder = CandidateFinder.open(config, users, versions)
+    def __init__(
+        self, config: Config, users: ScoredUsers, weights: HybridWeights, versions: Versions, transitions: Path | None
+    ):
+        self.finder = CandidateFinder.open(config, users, versions, transitions)
         item_ids = self.finder.item_ids
-        self.settings = {"text_weight": text_weight, "k": config.score.k, "item_ids": item_ids, "versions": versions}
+        self.settings = {"weights": weights, "k": config.score.k, "item_ids": item_ids, "versions": versions}
 
     def process(self, payload: dict, *paths: Path) -> dict:
         clock = StepClock()

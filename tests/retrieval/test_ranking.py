@@ -5,7 +5,7 @@ import pytest
 
 from contrec_dist.errors import DataError
 from contrec_dist.retrieval import ranking
-from contrec_dist.retrieval.ranking import combine_text, fuse_samples, mask_seen, search_unseen
+from contrec_dist.retrieval.ranking import combine_scores, fuse_samples, mask_seen, search_unseen
 from contrec_dist.retrieval.top_k import exact_top_k
 
 
@@ -81,8 +81,8 @@ def test_text_by_hand_with_ties_and_absent_candidates():
     scores = np.array([[3.0, 2.0, 1.0, -np.inf]], np.float32)
     item_idx = np.array([[8, 5, 2, -1]])
     text = np.array([[0.0, 0.5, 1.0, np.nan]], np.float32)
-    assert combine_text(scores, item_idx, text, 0.0, 4)[1].tolist() == [[8, 5, 2, -1]]
-    assert combine_text(scores, item_idx, text, 2.0, 4)[1].tolist() == [[2, 5, 8, -1]]  # all tie at 3
-    assert combine_text(scores, item_idx, text, 4.0, 2)[0].tolist() == [[5.0, 4.0]]
-    with pytest.raises(DataError, match="text_scores"):
-        combine_text(scores, item_idx, np.full((1, 4), np.nan), 1.0, 4)
+    assert combine_scores(scores, item_idx, {"texts": (0.0, text)}, 4)[1].tolist() == [[8, 5, 2, -1]]
+    assert combine_scores(scores, item_idx, {"texts": (2.0, text)}, 4)[1].tolist() == [[2, 5, 8, -1]]  # all tie at 3
+    assert combine_scores(scores, item_idx, {"texts": (4.0, text)}, 2)[0].tolist() == [[5.0, 4.0]]
+    with pytest.raises(DataError, match="texts"):
+        combine_scores(scores, item_idx, {"texts": (1.0, np.full((1, 4), np.nan))}, 4)

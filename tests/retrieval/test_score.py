@@ -12,9 +12,9 @@ from contrec_dist.embeddings.textual import TextEncoder, join_item_text
 from contrec_dist.errors import ArtifactError
 from contrec_dist.model.history_reader import HistoryReader
 from contrec_dist.retrieval.ranking import fuse_samples
-from contrec_dist.retrieval.recommendations import rerank
+from contrec_dist.retrieval.recommendations import HybridWeights, rerank
 from contrec_dist.retrieval.retriever import SPACES, Retriever
-from contrec_dist.retrieval.score import CANDIDATES, candidate_name, choose_text_weight, known_text_weight
+from contrec_dist.retrieval.score import CANDIDATES, candidate_name, choose_weights, known_weights
 from contrec_dist.retrieval.scored_users import ScoredUsers
 from contrec_dist.retrieval.text_similarity import TextSimilarity
 from contrec_dist.retrieval.top_k import exact_top_k
@@ -40,7 +40,7 @@ def candidate_frame(users, items, scores, texts, seen="masked") -> pl.DataFrame:
 def test_rerank_adds_the_weighted_text_score_and_keeps_the_best():
     frame = candidate_frame([0], [[5, 2, 9]], [[1.0, 0.9, 0.8]], [[0.0, 0.5, 0.3]])
     for weight, order in ((0.0, [5, 2]), (0.25, [2, 5]), (10.0, [2, 9])):
-        scores, item_idx = rerank(frame, "masked", weight, k=2)
+        scores, item_idx = rerank(frame, "masked", HybridWeights(texts=weight), k=2)
         assert item_idx.tolist() == [order]
         table = {5: 1.0, 2: 0.9 + weight * 0.5, 9: 0.8 + weight * 0.3}
         assert scores[0] == pytest.approx([table[item] for item in order], rel=1e-6)
@@ -48,7 +48,7 @@ def test_rerank_adds_the_weighted_text_score_and_keeps_the_best():
 
 def test_rerank_leaves_places_past_the_end_empty():
     frame = candidate_frame([0], [[5, -1, -1]], [[1.0, -np.inf, -np.inf]], [[0.1, 0.0, 0.0]])
-    _, item_idx = rerank(frame, "masked", 1.0, k=3)
+    _, item_idx = rerank(frame, "masked", HybridWeights(texts=1.0), k=3)
     assert item_idx.tolist() == [[5, -1, -1]]
 
 
@@ -130,7 +130,9 @@ def choice_config(tmp_path) -> Config:
 
 
 def choose(config, folder, ranges) -> dict:
-    return choose_text_weight(config, folder, ScoredUsers.of_catalog(config.folder("catalog")), ranges)
+    weights, choice = choose_weights(config, folder, ScoredUsers.of_catalog(config.folder("catalog")), ranges)
+    assert (weights.texts, weights.transitions) == (choice["text_weight"], choice["transition_weight"])
+    return choice
 
 
 def write_candidates(folder, *frames):
@@ -159,18 +161,34 @@ def test_a_tie_goes_to_the_smaller_text_weight(choice_config, tmp_path):
 
 
 def test_without_reasons_or_validation_users_the_text_has_no_say(choice_config):
-    assert known_text_weight(choice_config) is None  # it is to be chosen
+    assert known_weights(choice_config) is None  # it is to be chosen
     choice_config.score.reasoning = "none"
-    assert known_text_weight(choice_config) == 0.0
+    assert known_weights(choice_config) == HybridWeights()
+    choice_config.score.transition_weights = [1.5]
+    assert known_weights(choice_config) == HybridWeights(transitions=1.5)
+    choice_config.score.transition_weights = [0.0, 1.5]
+    assert known_weights(choice_config) is None
     choice_config.score.reasoning, choice_config.score.splits = "generate", ["test"]
-    assert known_text_weight(choice_config) == 0.0
+    assert known_weights(choice_config) == HybridWeights()
+
+
+def test_both_weights_are_chosen_together(choice_config, tmp_path):
+    """Target 1 of user 0: alone neither score lifts it over both others, together they do."""
+    frame = candidate_frame([0], [[9, 8, 1]], [[1.0, 0.9, 0.0]], [[0.0, -0.6, 0.4]])
+    frame = frame.with_columns(masked_transitions=pl.Series([[-0.4, 0.0, 0.4]], dtype=pl.List(pl.Float32)).list.to_array(3))
+    write_candidates(tmp_path, frame)
+    choice_config.score.text_weights, choice_config.score.transition_weights = [0.0, 1.0], [0.0, 1.0]
+    choice = choose(choice_config, tmp_path, [(0, 1)])
+    assert (choice["text_weight"], choice["transition_weight"]) == (1.0, 1.0)
+    assert choice["text_weight_ndcg"] == pytest.approx({"0.0": 0.5, "1.0": 1.0})
+    assert choice["transition_weight_ndcg"] == pytest.approx({"0.0": 1 / math.log2(3), "1.0": 1.0})
 
 
 def test_a_single_text_weight_is_not_chosen_but_taken(choice_config):
     choice_config.score.text_weights = [0.25]
     for splits in (["next"], ["validation", "test"]):
         choice_config.score.splits = splits
-        assert known_text_weight(choice_config) == 0.25
+        assert known_weights(choice_config) == HybridWeights(texts=0.25)
 
 
 # -- candidates ---------------------------------------------------------------------------------------------------
