@@ -75,6 +75,7 @@ def _write_catalog(config: Config, work: Path, num_items: int, num_users: int, m
     histories = column.group_by("user_idx", maintain_order=True).agg("items")
     cuts = {"num_train": lengths - 2, "validation_pos": lengths - 2, "test_pos": lengths - 1}
     histories = histories.with_columns(pl.Series(name, values.astype(np.int64)) for name, values in cuts.items())
+    histories = histories.with_columns(timestamps=pl.col("items").list.eval(pl.element() * 0))
     histories.write_parquet(work / "histories.parquet", compression="zstd", row_group_size=ROW_GROUP_ROWS)
     return {"interactions": int(offsets[-1])}
 

@@ -15,6 +15,7 @@ from contrec_dist.retrieval.ranking import fuse_samples
 from contrec_dist.retrieval.recommendations import HybridWeights, rerank
 from contrec_dist.retrieval.retriever import SPACES, Retriever
 from contrec_dist.retrieval.score import CANDIDATES, candidate_name, choose_weights, known_weights
+from contrec_dist.retrieval.score_workers import CandidateFinder
 from contrec_dist.retrieval.scored_users import ScoredUsers
 from contrec_dist.retrieval.text_similarity import TextSimilarity
 from contrec_dist.retrieval.top_k import exact_top_k
@@ -205,6 +206,18 @@ def views(make_world) -> UserViews:
         FaissShards.build(rows, np.arange(30), world.config.folder("index") / space, FLAT, metric, rows[:20])
     reader = HistoryReader(model, world.texts, world.tokenizer)
     return UserViews(world.config, model, reader, world.item_latents, None, ScoredUsers.of_catalog(world.config.folder("catalog")))
+
+
+def test_a_text_written_aside_changes_no_condition(views):
+    users = views.users.pick("test", np.arange(4))
+    readings = {}
+    for reasoning in ("generate", "aside", "none"):
+        views.config.score.reasoning = reasoning
+        texts = None if reasoning == "none" else object()  # asked for whether there is one, and no more
+        readings[reasoning] = CandidateFinder(views.config, views, None, texts, None, None)._read(users)
+    assert readings["aside"].reasons == readings["generate"].reasons and any(readings["aside"].reasons)
+    assert torch.equal(readings["aside"].condition, readings["none"].condition)
+    assert not torch.allclose(readings["aside"].condition, readings["generate"].condition)
 
 
 def open_retriever(views) -> Retriever:

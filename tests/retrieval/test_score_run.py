@@ -19,6 +19,7 @@ from contrec_dist.retrieval.live_index import LiveIndex
 from contrec_dist.retrieval.recommendations import SCHEMA
 from contrec_dist.retrieval.retriever import Retriever
 from contrec_dist.retrieval.top_k import exact_top_k
+from contrec_dist.retrieval.transitions import TransitionScores, fit_transitions
 from contrec_dist.retrieval.user_views import UserViews
 
 NUM_ITEMS, NUM_USERS = 1500, 90
@@ -48,7 +49,8 @@ def _make_one_history_long(config) -> None:
     items = frame["items"].to_list()
     items[7] = np.random.default_rng(0).permutation(600).tolist()
     length = [len(one) for one in items]
-    frame.with_columns(items=pl.Series(items), num_train=pl.Series(length), validation_pos=-1, test_pos=-1).write_parquet(path)
+    times = pl.Series([[0] * one for one in length])
+    frame.with_columns(items=pl.Series(items), timestamps=times, num_train=pl.Series(length), validation_pos=-1, test_pos=-1).write_parquet(path)
     manifest = Manifest.load(path.parent)
     manifest.files[path.name]["bytes"] = path.stat().st_size
     write_json(path.parent / MANIFEST_NAME, asdict(manifest))
@@ -108,6 +110,24 @@ def test_a_thousand_items_a_user_equal_brute_force(world, filter_seen, tmp_path)
         expected = [f"i{item}" for item in order[row] if item not in banned][:1000]
         assert items == expected
     assert len(lists_of(frame)["u7"]) == (900 if filter_seen else 1000)
+
+
+def test_transitions_join_the_score_of_every_candidate(world, tmp_path):
+    """Weight 3, all items candidates: brute force over queries, vectors and the fitted similarities."""
+    frame, manifest = scored(world, transition_weights=[3.0], num_candidates=NUM_ITEMS, output=str(tmp_path / "out"))
+    assert manifest.facts["transition_weight"] == 3.0 and not (tmp_path / "out" / ".transitions").exists()
+    fit_transitions(world, tmp_path / "fitted")
+    users = UserViews.open(world, *load_export(world.folder("model"))).users.load("next", 0, NUM_USERS)
+    everything = np.tile(np.arange(NUM_ITEMS), (NUM_USERS, 1))
+    followed = TransitionScores.open(tmp_path / "fitted", world.item_knn).scores(users, everything)
+    products = _queries(world) @ np.load(world.folder("model") / "item_vectors.npy").T
+    for row, (user, items) in enumerate(lists_of(frame).items()):
+        total = products[row] + 3 * followed[row]
+        total[histories_of(world)[user]] = -np.inf
+        best = np.sort(total)[::-1][:10]
+        np.testing.assert_allclose(total[[int(item[1:]) for item in items]], best, rtol=1e-4)
+    plain = lists_of(everyone(world))
+    assert sum(items != plain[user] for user, items in lists_of(frame).items()) > NUM_USERS / 2
 
 
 def _queries(world) -> np.ndarray:
