@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if " ".join(arguments[:2]) in COMMANDS:  # "index add" is one name
         arguments[:2] = [" ".join(arguments[:2])]
-    parsed = build_parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         return _execute(parsed)
     except StageStopped as stopped:
@@ -118,6 +118,18 @@ def main(arguments: list[str] | None = None) -> int:
     except ContRecError as error:
         get_logger(parsed.command).error("%s", error)
         return 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """argparse gives up on key=value after an option where a positional argument stood before it; here they may stand anywhere."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    wrong = [one for one in rest if one.startswith("-") or "=" not in one or not hasattr(parsed, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
 
 
 def _execute(parsed: argparse.Namespace) -> int:

@@ -168,6 +168,12 @@ def test_tiger_learns_what_follows_what(toy_runs, tmp_path):
 def test_the_command_runs_a_baseline(toy_runs, tmp_path, capsys):
     config = toy_runs[1](tmp_path)
     overrides = ["name=toy", f"run_dir={config.run_dir}", "score.k=20", "score.users_per_part=40"]
-    assert main(["baseline", "popularity", *overrides]) == 0
+    file = tmp_path / "toy.yaml"
+    file.write_text("name: toy\n")
+    assert main(["baseline", "popularity", "--config", str(file), *overrides[1:]]) == 0
     printed = capsys.readouterr().out
     assert "validation, seen masked: HR@10 0." in printed and "baselines/popularity" in printed
+    for wrong in (["--nope"], ["nope"]):
+        with pytest.raises(SystemExit):
+            main(["baseline", "popularity", "--config", str(file), *wrong])
+        assert wrong[0] in capsys.readouterr().err
