@@ -434,8 +434,8 @@ class ScoreConfig:
     "ancestral DDPM, whose fresh noise ranks best in few steps too; DPM-Solver++(2M); DDIM"
     guidance: float = 1.0
     "classifier-free guidance w: x0 = (1 + w) x0(h) - w x0(null)"
-    guidance_min_sigma: float = 0.4
-    "noise below which samples are no longer guided (they are all but decided); 0: guided at every step"
+    guidance_min_sigma: float = field(default=0.0, metadata=IDENTITY_IF_SET)
+    "noise below which samples are no longer guided, at half the cost of a step; 0: guided at every step"
     posterior_items: int = 512
     "most likely items over which the closed form of head.kind 'bayes' sums (rank_by samples)"
     reasoning: Literal["generate", "aside", "none"] = "generate"
