@@ -206,6 +206,9 @@ class PromptConfig:
     "items of a history, newest kept"
     instruction: str = "Recommend the next item."
     "text in front of every history"
+    item_layout: Literal["marked", "fused"] = field(default="marked", metadata=IDENTITY_IF_SET)
+    "'marked': `<item>` and K tokens an item, which is generated at its `<item>`; 'fused': one position an item, at which the next "
+    "one is generated"
     titled_items: int = 0
     "newest items of a history whose title is written out after their continuous tokens (-1: all)"
     max_title_tokens: int = 12
@@ -216,6 +219,10 @@ class PromptConfig:
     "probability that a training sample has no reasoning text"
     user_tokens: bool = False
     "put the user's own continuous tokens in front; they saw every training edge, so training targets leak into them"
+
+    def __post_init__(self):
+        if self.item_layout == "fused" and not self.instruction:
+            raise ConfigError("prompt.instruction", "''", "a text where prompt.item_layout is fused: no history may be empty")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -124,7 +124,7 @@ def insert_by_loops(model: ContRec, embeddings: Tensor, samples: list[PeerSample
         items = torch.from_numpy(sample.items[:-1]).to(device)
         latents = model.normalise(torch.from_numpy(sample.latents[:-1]).to(device))
         vectors, _ = model.items(latents.flatten(1), items)
-        tokens = model.inputs.embed_items(latents, vectors)  # (n, K, D)
+        tokens = model.embed_items(latents, vectors)  # (n, K, D)
         slots, markers = (torch.from_numpy(one).to(device) for one in (sample.layout.slots, sample.layout.markers))
         embeddings[row, markers] = model.inputs.embed_marker(MARKER_ITEM, len(markers)).to(embeddings.dtype)
         for slot in range(slots.shape[1]):

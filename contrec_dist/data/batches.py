@@ -173,9 +173,9 @@ class TrainingRows:
         """Length of every sample, equal to what lay_out makes of it."""
         self._read_histories()
         num_inputs = self.sample_stop - self.sample_start - 1
-        length = len(self.texts.instruction) + self.num_user_tokens + 1
-        length = length + num_inputs * (1 + self.reader.num_item_tokens)
-        return length + self._title_lengths + self.texts.response_lengths(term, brand)
+        item, response = self.texts.item_layout(self.reader.num_item_tokens), self.texts.response_lengths(term, brand)
+        length = len(self.texts.instruction) + self.num_user_tokens + num_inputs * item.size
+        return length + self._title_lengths + response + item.count_final_markers(response)
 
     def _read_histories(self) -> None:
         """Leanings and title lengths of all samples, from the items alone, once.
@@ -245,37 +245,38 @@ def _join(
     num_user_tokens: int, *, last_only: bool,
 ) -> PackedBatch:
     """Lay the samples out side by side in their rows; every sample as prompts.lay_out places it."""
-    num_item_tokens = contents.latents.shape[1]
+    item = texts.item_layout(contents.latents.shape[1])
     sample, place = np.repeat(np.arange(len(row_of_sample)), contents.num_items), _count_up(contents.num_items)
     is_input = place < contents.num_items[sample] - 1
     is_target = (place > 0) & ~(is_input & last_only)
     inputs, owner = contents.items[is_input], sample[is_input]
     title_lengths = _title_lengths(texts, inputs, place[is_input], contents.num_items[owner] - 1)
-    sizes = 1 + num_item_tokens + title_lengths
+    sizes = item.size + title_lengths
     head = len(texts.instruction) + num_user_tokens
     response_lengths = np.diff(contents.responses.offsets)
-    lengths = head + np.bincount(owner, sizes, minlength=len(row_of_sample)).astype(np.int64) + response_lengths + 1
+    num_final = item.count_final_markers(response_lengths)
+    lengths = head + np.bincount(owner, sizes, minlength=len(row_of_sample)).astype(np.int64) + response_lengths + num_final
     bases = row_of_sample * row_tokens + _sum_before(lengths, row_of_sample)  # first position of each sample
-    starts = bases[owner] + head + _sum_before(sizes, owner)  # of each input's marker
-    ends = bases + lengths  # past the final marker
-    response = _spans(ends - 1 - response_lengths, response_lengths)
+    starts = bases[owner] + head + _sum_before(sizes, owner)  # of each input
+    ends = bases + lengths
+    response = _spans(ends - num_final - response_lengths, response_lengths)
     titles = texts.titles.flat[_spans(texts.titles.offsets[inputs], title_lengths)]
     used = _spans(bases, lengths)
     whole = {name: np.zeros(num_rows * row_tokens, dtype=np.int64) for name in ("tokens", "segments", "places")}
     whole["tokens"][bases[:, None] + np.arange(len(texts.instruction))] = texts.instruction
-    whole["tokens"][_spans(starts + 1 + num_item_tokens, title_lengths)] = titles
+    whole["tokens"][_spans(starts + item.size, title_lengths)] = titles
     whole["tokens"][response] = contents.responses.flat
     whole["segments"][used] = np.repeat(_sum_before(np.ones_like(lengths), row_of_sample) + 1, lengths)
     whole["places"][used] = _count_up(lengths)
-    markers = np.empty(len(sample), dtype=np.int64)
-    markers[is_input], markers[~is_input] = starts, ends - 1
+    conditions = np.empty(len(sample), dtype=np.int64)
+    conditions[is_input], conditions[~is_input] = item.conditions(starts), ends - 1
     user_slots = bases[:, None] + len(texts.instruction) + np.arange(num_user_tokens)
     parts = {
-        "slots": starts[:, None] + 1 + np.arange(num_item_tokens),
+        "slots": item.slots(starts),
         "item_idx": inputs,
         "latents": contents.latents[is_input],
-        "markers": markers,
-        "targets": markers[is_target],
+        "markers": np.concatenate([item.markers(starts), ends[num_final > 0] - 1]),
+        "targets": conditions[is_target],
         "target_idx": contents.items[is_target],
         "target_latents": contents.latents[is_target],
         "text_positions": response - 1,

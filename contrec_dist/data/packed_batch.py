@@ -11,8 +11,8 @@ class PackedBatch:
     """One micro-batch of R rows of L positions; positions below are flat, row * L + place.
 
     Shapes   tokens, segments, places (R, L) int64 (segment 0 is padding);
-             slots (I, K) and item_idx (I,), latents (I, K, Z) of the I history items;
-             markers (M,); targets (P,) positions of the markers that are targets, target_idx (P,), target_latents (P, K, Z);
+             slots (I, K), fused (I, 1), and item_idx (I,), latents (I, K, Z) of the I history items;
+             markers (M,); targets (P,) positions at which the targets are generated, target_idx (P,), target_latents (P, K, Z);
              user_slots (V, K), user_latents (V, K, Z); text_positions (Q,) whose next token is text_labels (Q,);
              skipped_shards (S,) int64: the shards of samples that are missing because they could not be read
     """

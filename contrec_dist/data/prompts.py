@@ -1,9 +1,11 @@
 """What the LLM reads of a user, as positions and token numbers.
 
-    [instruction] [user tokens] (<item> z_1 .. z_K title) x history [response] <item>
+    marked   [instruction] [user tokens] (<item> z_1 .. z_K title) x history [response] <item>
+    fused    [instruction] [user tokens] (z title) x history [response <item>]
 
 Tokens stand before the title and the hidden state at `<item>` has seen only what came before it, so it is the condition
-for generating that item. The response names the category (and brand) that the user leans to: the most frequent of the
+for generating that item. Fused, an item's K tokens are one position, a half to a third of the work: the condition is the
+state at the position before the item, and `<item>` stands only after a response. The response names the category (and brand) that the user leans to: the most frequent of the
 newest items of the history, never of the target. Used by training (packed) and by scoring (one user a row) alike.
 """
 
@@ -77,6 +79,10 @@ class PromptTexts:
         self._brands = encode(list(self.brand_names))
         self._pieces = encode(list(RESPONSE_TEXTS))
 
+    def item_layout(self, num_item_tokens: int) -> "ItemLayout":
+        """How items stand in the prompt of this config."""
+        return ItemLayout.of(self.config, num_item_tokens)
+
     def leaning(self, recent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Most frequent term and brand of the newest items, ties to the newer; brand -1 unless it appears twice.
 
@@ -116,6 +122,38 @@ def _majority(values: np.ndarray, minimum: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class ItemLayout:
+    """Positions that an item's marker and continuous tokens take; works on numbers and on arrays of them."""
+
+    fused: bool
+    num_item_tokens: int
+
+    @classmethod
+    def of(cls, config: PromptConfig, num_item_tokens: int) -> "ItemLayout":
+        return cls(config.item_layout == "fused", num_item_tokens)
+
+    @property
+    def size(self) -> int:
+        return 1 if self.fused else 1 + self.num_item_tokens
+
+    def slots(self, starts: np.ndarray) -> np.ndarray:
+        """Positions of the continuous tokens of items that begin at `starts`: (n,) -> (n, K), fused (n, 1)"""
+        return starts[:, None] if self.fused else starts[:, None] + 1 + np.arange(self.num_item_tokens)
+
+    def conditions(self, starts: np.ndarray) -> np.ndarray:
+        """Positions at which items that begin at `starts` are generated. (n,) -> (n,)"""
+        return starts - 1 if self.fused else starts
+
+    def markers(self, starts: np.ndarray) -> np.ndarray:
+        """Positions of the `<item>` of items that begin at `starts`. (n,) -> (n,), fused (0,)"""
+        return starts[:0] if self.fused else starts
+
+    def count_final_markers(self, response_lengths):
+        """1 where an `<item>` ends the sample. Fused, it is read at its last item where no response follows."""
+        return np.where(response_lengths > 0, 1, 0) if self.fused else np.ones_like(response_lengths)
+
+
+@dataclass(frozen=True)
 class SampleLayout:
     """Positions of one sample's parts, counted from its first position."""
 
@@ -124,8 +162,10 @@ class SampleLayout:
     "(length,) text token numbers, 0 where something continuous stands"
     markers: np.ndarray
     "positions of `<item>`, oldest first; the last one is the final target's where there is a final marker"
+    conditions: np.ndarray
+    "positions at which each item and, last where there is a final marker, the final target are generated"
     slots: np.ndarray
-    "(items, K) positions of the items' continuous tokens"
+    "(items, K) positions of the items' continuous tokens; fused (items, 1)"
     user_slots: np.ndarray
     "(K,) or (0,) positions of the user's continuous tokens"
     response_start: int
@@ -140,26 +180,28 @@ def lay_out(
 ) -> SampleLayout:
     """Positions of a sample whose history is `inputs` (item numbers, oldest first).
 
-    The length is len(instruction) + num_user_tokens + sum(1 + K + title) + len(response) + with_final_marker.
+    The length is len(instruction) + num_user_tokens + sum(item + title) + len(response) + final marker.
     """
-    head = len(texts.instruction)
+    head, item = len(texts.instruction), texts.item_layout(num_item_tokens)
     title_lengths = input_title_lengths(texts, inputs)
-    ends = np.cumsum(1 + num_item_tokens + title_lengths)
-    starts = head + num_user_tokens + ends - (1 + num_item_tokens + title_lengths)
+    ends = np.cumsum(item.size + title_lengths)
+    starts = head + num_user_tokens + ends - (item.size + title_lengths)
     response_start = head + num_user_tokens + (int(ends[-1]) if len(ends) else 0)
-    length = response_start + len(response) + int(with_final_marker)
+    num_final = int(item.count_final_markers(np.int64(len(response)))) if with_final_marker else 0
+    length = response_start + len(response) + num_final
     tokens = np.zeros(length, dtype=np.int64)
     tokens[:head] = texts.instruction
     tokens[response_start : response_start + len(response)] = response
     for place in np.nonzero(title_lengths)[0]:
-        title_start = starts[place] + 1 + num_item_tokens
+        title_start = starts[place] + item.size
         tokens[title_start : title_start + title_lengths[place]] = texts.titles.row(inputs[place])
-    markers = np.append(starts, length - 1) if with_final_marker else starts
+    final = np.array([length - 1])
     return SampleLayout(
         length=length,
         tokens=tokens,
-        markers=markers,
-        slots=starts[:, None] + 1 + np.arange(num_item_tokens),
+        markers=np.append(item.markers(starts), final[:num_final]),
+        conditions=np.append(item.conditions(starts), final[: int(with_final_marker)]),
+        slots=item.slots(starts),
         user_slots=head + np.arange(num_user_tokens),
         response_start=response_start,
         response=response,

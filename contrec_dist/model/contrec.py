@@ -28,6 +28,7 @@ class ContRec(nn.Module):
     `item_latents` (N, K, Z) are the catalogue's raw latents: a plain tensor, not trained, not saved with the weights and
     not needed (None) to read histories, which bring their own latents.
     `latent_mean`, `latent_std` (K, Z) normalise all latents to unit variance.
+    `fused_items`: an item is one position of the LLM (prompt.item_layout).
     """
 
     def __init__(
@@ -44,19 +45,20 @@ class ContRec(nn.Module):
         log_popularity: Tensor,
         latent_noise: float,
         user_tokens: bool,
+        fused_items: bool = False,
     ):
         super().__init__()
         num_tokens, latent_dim = latent_mean.shape
         width = causal_lm(backbone).config.get_text_config().hidden_size
         self.head_config, self.loss_config, self.backbone_config = head, loss, backbone_config
-        self.latent_noise, self.num_items = latent_noise, num_items
+        self.latent_noise, self.num_items, self.fused_items = latent_noise, num_items, fused_items
         self.backbone = backbone
         self.register_buffer("latent_mean", latent_mean.clone())
         self.register_buffer("latent_std", latent_std.clone())
         self._catalogue = item_latents
         self.inputs = ContinuousInputs(
-            num_item_tokens=num_tokens,
-            latent_dim=latent_dim,
+            num_item_tokens=1 if fused_items else num_tokens,
+            latent_dim=num_tokens * latent_dim if fused_items else latent_dim,
             query_dim=head.query_dim,
             user_dim=latent_dim if user_tokens else 0,
             width=width,
@@ -136,7 +138,7 @@ class ContRec(nn.Module):
         embeddings = causal_lm(self.backbone).get_input_embeddings()(batch.tokens)  # (R, L, D)
         num_rows, row_tokens, width = embeddings.shape
         embeddings = self._insert(
-            embeddings.flatten(0, 1), batch.slots, self.inputs.embed_items(latents, vectors), batch.markers,
+            embeddings.flatten(0, 1), batch.slots, self.embed_items(latents, vectors), batch.markers,
             batch.user_slots, self.normalise(batch.user_latents),
         )  # fmt: skip
         hidden = causal_lm(self.backbone).base_model(
@@ -146,6 +148,10 @@ class ContRec(nn.Module):
             **self._keep_apart(batch.segments),
         ).last_hidden_state
         return hidden.flatten(0, 1)
+
+    def embed_items(self, latents: Tensor, vectors: Tensor) -> Tensor:
+        """What the LLM sees of items. latents (n, K, Z) normalised, vectors (n, Q) -> (n, K, D), fused (n, 1, D)"""
+        return self.inputs.embed_items(latents.flatten(1)[:, None] if self.fused_items else latents, vectors)
 
     def _insert(
         self, flat: Tensor, slots: Tensor, items: Tensor, markers: Tensor, user_slots: Tensor, user_latents: Tensor

@@ -44,6 +44,7 @@ def build_model(
         log_popularity=log_popularity,
         latent_noise=latent_noise,
         user_tokens=config.prompt.user_tokens,
+        fused_items=config.prompt.item_layout == "fused",
     )
 
 
@@ -86,6 +87,7 @@ def _describe(model: ContRec) -> dict:
         "latent_dim": model.latent_mean.shape[1],
         "latent_noise": model.latent_noise,
         "user_tokens": model.inputs.project_user is not None,
+        "fused_items": model.fused_items,
         "vocab_size": causal_lm(model.backbone).config.get_text_config().vocab_size,
     }
 
@@ -123,6 +125,7 @@ def load_export(folder: str | Path, *, item_latents: Tensor | None = None):
         log_popularity=torch.zeros(described["num_items"]),
         latent_noise=described["latent_noise"],
         user_tokens=described["user_tokens"],
+        fused_items=described.get("fused_items", False),  # an export of before
     )
     missing, unexpected = model.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
     missing = [name for name in missing if not name.startswith(BACKBONE_PREFIX)]

@@ -2,7 +2,8 @@
 
 Without a text a row is padded on the right and read in one causal pass: no real position looks at padding, so there is
 neither a mask nor a KV cache. With a text rows are padded on the left and the LLM writes its reasoning (greedy, KV cache).
-Either way the hidden state at the `<item>` that follows is the condition of the diffusion head.
+Either way the hidden state at the `<item>` that follows is the condition of the diffusion head; with fused items and no text,
+that at the last item.
 
 Cost     layout and embedding are array operations over the whole batch; nothing loops over users.
 """
@@ -41,7 +42,7 @@ class HistoryBatch:
 class BatchLayout:
     """Where everything stands in rows of `width` positions, flattened; the positions of prompts.lay_out, shifted.
 
-    Shapes   tokens (B * width,), real (B, width) bool, markers (m,), slots (n, K), user_slots (B, K) or (B, 0), last (B,)
+    Shapes   tokens (B * width,), real (B, width) bool, markers (m,), slots (n, K) or (n, 1), user_slots (B, K) or (B, 0), last (B,)
     """
 
     width: int
@@ -118,7 +119,7 @@ class HistoryReader:
         embeddings = self.model._insert(
             flat,
             to_device(layout.slots),
-            self.model.inputs.embed_items(latents, vectors),
+            self.model.embed_items(latents, vectors),
             to_device(layout.markers),
             to_device(layout.user_slots),
             None if users is None else self.model.normalise(to_device(users)),
@@ -147,18 +148,20 @@ def lay_out_batch(
     with_final_marker: bool, pad_left: bool,
 ) -> BatchLayout:
     """prompts.lay_out, without a response, of many histories at once."""
+    item = texts.item_layout(num_item_tokens)
     head, rows = len(texts.instruction), np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     titles = _written_title_lengths(texts, items, offsets, rows)
-    ends = np.cumsum(1 + num_item_tokens + titles)
+    ends = np.cumsum(item.size + titles)
     before = np.concatenate([[0], ends])[offsets]  # positions of items in earlier rows
-    lengths = head + num_user_tokens + np.diff(before) + int(with_final_marker)
+    num_final = int(with_final_marker and not item.fused)
+    lengths = head + num_user_tokens + np.diff(before) + num_final
     width = int(lengths.max())
     first = np.arange(len(lengths)) * width + (width - lengths if pad_left else 0)  # of each row
-    starts = (first - before[:-1])[rows] + head + num_user_tokens + ends - (1 + num_item_tokens + titles)
+    starts = (first - before[:-1])[rows] + head + num_user_tokens + ends - (item.size + titles)
     tokens = np.zeros(len(lengths) * width, dtype=np.int64)
     tokens[first[:, None] + np.arange(head)] = texts.instruction
     place = np.arange(titles.sum()) - np.repeat(np.cumsum(titles) - titles, titles)  # inside its title
-    tokens[np.repeat(starts + 1 + num_item_tokens, titles) + place] = texts.titles.flat[
+    tokens[np.repeat(starts + item.size, titles) + place] = texts.titles.flat[
         np.repeat(texts.titles.offsets[items], titles) + place
     ]
     last = first + lengths - 1
@@ -167,8 +170,8 @@ def lay_out_batch(
         width=width,
         tokens=tokens,
         real=(place >= (width - lengths)[:, None]) if pad_left else (place < lengths[:, None]),
-        markers=np.concatenate([starts, last]) if with_final_marker else starts,
-        slots=starts[:, None] + 1 + np.arange(num_item_tokens),
+        markers=np.concatenate([item.markers(starts), last[: num_final * len(last)]]),
+        slots=item.slots(starts),
         user_slots=first[:, None] + head + np.arange(num_user_tokens),
         last=last,
     )

@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from contrec_dist.config import Config
 from contrec_dist.data.packed_batch import PackedBatch
+from contrec_dist.data.prompts import ItemLayout
 from contrec_dist.errors import ConfigError
 from contrec_dist.model.backbone import causal_lm, empty_backbone
 from contrec_dist.model.contrec import ContRec
@@ -193,8 +195,9 @@ def _sample_positions(config: Config, num_items: int) -> tuple[int, int]:
     text = round((1 - prompt.response_drop) * min(prompt.max_response_tokens, RESPONSE_TOKENS))
     instruction = -(-len(prompt.instruction.encode()) // INSTRUCTION_BYTES_PER_TOKEN)
     users = config.tokenizer.num_item_tokens if prompt.user_tokens else 0
-    items = inputs * (1 + config.tokenizer.num_item_tokens) + titled * prompt.max_title_tokens
-    return instruction + users + items + text + 1, text
+    item = ItemLayout.of(config.prompt, config.tokenizer.num_item_tokens)
+    items = inputs * item.size + titled * prompt.max_title_tokens
+    return instruction + users + items + text + int(item.count_final_markers(np.int64(text))), text
 
 
 def _lay_out_rows(config: Config, sizes: DataSizes) -> tuple[Tensor, list[int]]:
@@ -221,7 +224,7 @@ def _lay_out_rows(config: Config, sizes: DataSizes) -> tuple[Tensor, list[int]]:
 
 def _make_batch(config: Config, samples: list[int]) -> PackedBatch:
     """A micro-batch with the counts that these samples have; its numbers are of no account."""
-    num_tokens, latent_dim = config.tokenizer.num_item_tokens, config.tokenizer.latent_dim
+    num_tokens, latent_dim, item = config.tokenizer.num_item_tokens, config.tokenizer.latent_dim, ItemLayout.of(config.prompt, config.tokenizer.num_item_tokens)
     rows = (config.train.micro_batch_rows, config.train.row_tokens)
     inputs = sum(samples) - len(samples)
     texts = sum(_sample_positions(config, items)[1] for items in samples)
@@ -230,8 +233,8 @@ def _make_batch(config: Config, samples: list[int]) -> PackedBatch:
     latents = lambda count: torch.zeros(count, num_tokens, latent_dim)  # noqa: E731
     return PackedBatch(
         tokens=numbers(*rows), segments=numbers(*rows), places=numbers(*rows),
-        slots=numbers(inputs, num_tokens), item_idx=numbers(inputs), latents=latents(inputs),
-        markers=numbers(inputs + len(samples)), targets=numbers(inputs), target_idx=numbers(inputs),
+        slots=numbers(*item.slots(np.zeros(inputs, np.int64)).shape), item_idx=numbers(inputs), latents=latents(inputs),
+        markers=numbers(len(item.markers(np.zeros(inputs))) + len(samples)), targets=numbers(inputs), target_idx=numbers(inputs),
         target_latents=latents(inputs), user_slots=numbers(users, num_tokens), user_latents=latents(users),
         text_positions=numbers(texts), text_labels=numbers(texts),
     )  # fmt: skip

@@ -101,9 +101,10 @@ def test_an_empty_history_leans_to_nothing(world_items, world_tokenizer):
 @pytest.mark.parametrize("users", [0, 3])
 @pytest.mark.parametrize("titled", [-1, 0, 2])
 @pytest.mark.parametrize("num_tokens", [1, 2, 4])
-def test_a_sample_is_laid_out_part_by_part(world_items, world_tokenizer, num_tokens, titled, users, final):
+@pytest.mark.parametrize("item_layout", ["marked", "fused"])
+def test_a_sample_is_laid_out_part_by_part(world_items, world_tokenizer, item_layout, num_tokens, titled, users, final):
     """Every position belongs to exactly one part, in the order of the module's formula."""
-    texts = make_texts(world_items, world_tokenizer, titled_items=titled, max_title_tokens=3)
+    texts = make_texts(world_items, world_tokenizer, titled_items=titled, max_title_tokens=3, item_layout=item_layout)
     inputs, response = np.array([4, 7, 1, 9]), np.array([11, 12])
     layout = lay_out(
         texts, inputs, num_item_tokens=num_tokens, num_user_tokens=users, response=response, with_final_marker=final
@@ -116,7 +117,8 @@ def test_a_sample_is_laid_out_part_by_part(world_items, world_tokenizer, num_tok
     text = list(texts.instruction)
     for number, item in enumerate(inputs):
         title = texts.titles.row(item).tolist() if titled < 0 or number >= 4 - titled else []
-        expected += ["item"] + ["slot"] * num_tokens + ["text"] * len(title)
+        expected += ["slot"] if item_layout == "fused" else ["item"] + ["slot"] * num_tokens
+        expected += ["text"] * len(title)
         text += title
     assert layout.response_start == len(expected)
     expected += ["text"] * 2 + ["item"] * final
@@ -129,6 +131,22 @@ def test_titles_are_cut_and_only_computed_where_they_are_used(world_items, world
     whole = world_tokenizer(" " + world_items["title"][5])["input_ids"]
     assert texts.titles.row(5).tolist() == whole[:3] and len(whole) > 3
     assert len(make_texts(world_items, world_tokenizer, titled_items=0).titles.flat) == 0
+
+
+def test_fused_items_are_generated_where_what_came_before_them_ends(world_items, world_tokenizer):
+    texts = make_texts(world_items, world_tokenizer, titled_items=1, max_title_tokens=3, item_layout="fused")
+    settings = {"num_item_tokens": 2, "num_user_tokens": 0, "with_final_marker": True}
+    head, inputs = len(texts.instruction), np.array([4, 7, 5])
+    plain = lay_out(texts, inputs, response=NOTHING, **settings)
+    assert plain.conditions.tolist() == [head - 1, head, head + 1, head + 5] and plain.length == head + 6
+    assert plain.markers.tolist() == []
+    answered = lay_out(texts, inputs, response=np.array([11, 12]), **settings)
+    assert answered.conditions.tolist() == [head - 1, head, head + 1, head + 8] and answered.markers.tolist() == [head + 8]
+
+
+def test_fused_items_need_an_instruction():
+    with pytest.raises(ConfigError, match="prompt.instruction.*fused"):
+        PromptConfig(item_layout="fused", instruction="")
 
 
 def test_the_layout_of_an_empty_history_is_the_instruction_and_the_marker(world_items, world_tokenizer):

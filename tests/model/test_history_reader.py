@@ -18,9 +18,9 @@ HISTORIES = [
 ]
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "user_tokens"])
+@pytest.fixture(params=[{}, {"user_tokens": True}, {"item_layout": "fused"}], ids=["plain", "user_tokens", "fused"])
 def world(make_world, request):
-    return make_world(HISTORIES, user_tokens=request.param, titled_items=2, max_response_tokens=7)
+    return make_world(HISTORIES, titled_items=2, max_response_tokens=7, **request.param)
 
 
 @dataclass
@@ -204,9 +204,12 @@ def test_an_item_that_joined_after_training_is_read_by_its_latents(make_world):
 @pytest.mark.parametrize("pad_left", [False, True])
 @pytest.mark.parametrize("with_final_marker", [False, True])
 @pytest.mark.parametrize("num_user_tokens", [0, 2])
-def test_a_batch_is_laid_out_as_one_by_one(make_world, titled_items, pad_left, with_final_marker, num_user_tokens):
+@pytest.mark.parametrize("item_layout", ["marked", "fused"])
+def test_a_batch_is_laid_out_as_one_by_one(
+    make_world, titled_items, pad_left, with_final_marker, num_user_tokens, item_layout
+):
     """Every position of prompts.lay_out, moved to the row's place; empty histories too."""
-    texts = make_world(HISTORIES, titled_items=titled_items).texts
+    texts = make_world(HISTORIES, titled_items=titled_items, item_layout=item_layout).texts
     histories = [np.array(items, dtype=np.int64) for items in [*HISTORIES, [], [7]]]
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in histories])])
     settings = {"num_item_tokens": 3, "num_user_tokens": num_user_tokens, "with_final_marker": with_final_marker}
