@@ -4,6 +4,8 @@
     INPUTS     folders of the run that it reads beside the catalogue, for example ("embeddings",)
     settings(config) -> dict                           values of other sections that its result depends on
     fit(config, work) -> (Recommender, facts)          trains on training interactions alone; may save what it learned in work
+    load_recommender(config, folder) -> Recommender    the finished one of a run; where NAME_transitions is to be
+    NEEDS      (if any) baselines that are finished first, whose folders are among INPUTS
 """
 
 from importlib import import_module
@@ -21,6 +23,13 @@ BASELINES: dict[str, tuple[str, str]] = {
     "text_knn": ("contrec_dist.baselines.text_knn", "the items whose text is nearest to that of the items met last"),
     "tiger": ("contrec_dist.baselines.tiger.baseline", "semantic ids by an RQ-VAE, a causal LM over them, beam search"),
 }
+# Their scores are log p(item | history) up to a constant of the user, so that other scores can be added as they are to the model's.
+SCORED_BY_LOG_PROBABILITY = ("sasrec", "sasrec_text", "tiger")
+TRANSITIONS_SUFFIX = "_transitions"
+BASELINES |= {
+    name + TRANSITIONS_SUFFIX: ("contrec_dist.baselines.with_transitions", f"{name}, its candidates ordered with the model's transitions")
+    for name in SCORED_BY_LOG_PROBABILITY
+}
 
 
 class Recommender(Protocol):
@@ -36,8 +45,24 @@ class Recommender(Protocol):
         ...
 
 
+def baseline_folder(name: str) -> str:
+    """Folder of a baseline inside the run."""
+    return f"baselines/{name}"
+
+
 def load_baseline(name: str):
-    """The module of a baseline. Errors   ConfigError naming the known ones"""
+    """The module of a baseline, or what stands for one.
+
+    Errors   ConfigError naming the known ones, or for transitions added to scores that are no log-probabilities
+    """
+    plain = name.removesuffix(TRANSITIONS_SUFFIX)
+    if name not in BASELINES and plain in BASELINES:
+        raise ConfigError("baseline", f"{name}, and the scores of {plain} are no log-probabilities", f"one of {_with_transitions()}")
     if name not in BASELINES:
         raise ConfigError("baseline", name, f"one of {sorted(BASELINES)}")
-    return import_module(BASELINES[name][0])
+    module = import_module(BASELINES[name][0])
+    return module if name == plain else module.WithTransitions(plain)
+
+
+def _with_transitions() -> list[str]:
+    return [name + TRANSITIONS_SUFFIX for name in SCORED_BY_LOG_PROBABILITY]

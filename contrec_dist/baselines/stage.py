@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from contrec_dist.baselines.registry import BASELINES, Recommender, load_baseline
+from contrec_dist.baselines.registry import BASELINES, baseline_folder, load_baseline
+from contrec_dist.baselines.views import CHOICE_CUT, VIEWS, recommend_views
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import Histories, load_items, load_users
 from contrec_dist.errors import ArtifactError
@@ -20,24 +21,19 @@ from contrec_dist.manifest import MANIFEST_NAME, Manifest, run_stage
 from contrec_dist.progress import get_logger, track
 from contrec_dist.retrieval import metrics as m
 from contrec_dist.retrieval.pairing import Versions
-from contrec_dist.retrieval.ranking import search_views
 from contrec_dist.retrieval.recommendations import SCHEMA, list_rows
-from contrec_dist.retrieval.top_k import empty_result
 from sharding.partition import part_ranges
-
-VIEWS = ("masked", "kept")
-SEEN_STEP = 16  # the number of items asked for beyond k grows by this, so that users can be searched together
-CHOICE_CUT = 10
-
-
-def baseline_folder(name: str) -> str:
-    """Folder of a baseline inside the run."""
-    return f"baselines/{name}"
 
 
 def run_baseline(config: Config, name: str) -> Manifest:
-    """Fit one baseline and write its lists; skipped when complete. Errors   ConfigError for an unknown name"""
+    """Fit one baseline and write its lists, and first those that it needs; what is complete is skipped.
+
+    Errors   ConfigError for an unknown name
+    """
     module = load_baseline(name)
+    settings = module.settings(config)
+    for needed in getattr(module, "NEEDS", ()):
+        run_baseline(config, needed)
     lists = {"k": config.score.k, "splits": list(config.score.splits), "users_per_part": config.score.users_per_part}
     return run_stage(
         config,
@@ -46,7 +42,7 @@ def run_baseline(config: Config, name: str) -> Manifest:
         sections=module.SECTIONS,
         inputs=("catalog", *module.INPUTS),
         build=partial(_build, name),
-        extra_identity=lists | module.settings(config),
+        extra_identity=lists | settings,
     )
 
 
@@ -73,7 +69,8 @@ def find_finished(config: Config) -> list[str]:
 def _find_fault(config: Config, manifest: Manifest) -> str:
     """Why a baseline's lists cannot be compared with this run's; empty where they can."""
     for folder, made_from in manifest.inputs.items():
-        if Manifest.load(config.folder(folder)).content_hash != made_from:
+        there = (config.folder(folder) / MANIFEST_NAME).is_file()
+        if not there or Manifest.load(config.folder(folder)).content_hash != made_from:
             return f"lists made from another {folder}"
     return "" if "test" in manifest.facts["splits"] else f"lists of {manifest.facts['splits']} alone"
 
@@ -109,31 +106,6 @@ def _write_part(work, name, recommender, histories, positions, split, part, span
         if split != "next":
             ranks[view] = m.rank_targets(items, histories.targets(users, split))
     return ranks
-
-
-def recommend_views(
-    recommender: Recommender, histories: list[np.ndarray], users: np.ndarray, k: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{'masked', 'kept'} -> (scores (B, k) float32, item_idx (B, k) int64): without and with what a user has seen.
-
-    Of every user k items and as many as it has seen are asked for, rounded up to steps of SEEN_STEP, whoever else is scored
-    beside it: a beam search finds other items when it is wider. Users who need as many are searched together.
-    """
-    num_seen = np.array([len(history) for history in histories], dtype=np.int64)
-
-    def search(numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = numbers[:, 0]
-        beyond = -(-np.minimum(num_seen[rows], count - k) // SEEN_STEP) * SEEN_STEP
-        scores, items = empty_result(len(rows), count)
-        for width in np.unique(beyond):
-            own = np.flatnonzero(beyond == width)
-            found, ranked = recommender.recommend([histories[row] for row in rows[own]], k + int(width), users[rows[own]])[::-1]
-            scores[own, : k + width], items[own, : k + width] = found[:, :count], ranked[:, :count]
-        return scores, items
-
-    offsets = np.concatenate([[0], np.cumsum(num_seen)]).astype(np.int64)
-    seen = np.concatenate([*histories, np.empty(0, np.int64)]).astype(np.int64)
-    return search_views(search, np.arange(len(users))[:, None], k, seen, offsets, VIEWS)
 
 
 def _summarize(parts: list[dict[str, np.ndarray]], k: int) -> dict:

@@ -106,11 +106,11 @@ def _make(parsed: argparse.Namespace):
 
 
 def _open_run(parsed: argparse.Namespace):
-    from contrec_dist.baselines.tiger.baseline import load_decoder
+    from contrec_dist.baselines.tiger.baseline import load_recommender
     from contrec_dist.config import load_config
 
     config = load_config([parsed.run], [f"tiger.beam_width={parsed.beam}", f"tiger.batch_users={parsed.batch}"])
-    return load_decoder(config, config.folder("baselines/tiger"))
+    return load_recommender(config, config.folder("baselines/tiger"))
 
 
 def _read_alone(decoder, histories: Sequence[np.ndarray], k: int) -> None:

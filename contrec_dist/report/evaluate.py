@@ -17,8 +17,8 @@ import numpy as np
 import polars as pl
 
 from contrec_dist.baselines.popularity import recommend_popular
-from contrec_dist.baselines.registry import BASELINES
-from contrec_dist.baselines.stage import baseline_folder, find_finished
+from contrec_dist.baselines.registry import BASELINES, baseline_folder
+from contrec_dist.baselines.stage import find_finished
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import Histories, Part, load_items, load_users
 from contrec_dist.data.sources.generated import oracle_recommendations

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from contrec_dist.baselines.item_knn import ItemKnn, best_of_rows, item_similarities, load_recommender
-from contrec_dist.baselines.stage import recommend_views, run_baseline
+from contrec_dist.baselines.stage import run_baseline
+from contrec_dist.baselines.views import recommend_views
 from contrec_dist.config import ItemKnnConfig
 from contrec_dist.data.catalog import Histories
 from contrec_dist.errors import ConfigError

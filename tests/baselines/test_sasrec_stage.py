@@ -9,7 +9,8 @@ import torch
 
 from contrec_dist.baselines.sasrec import baseline, with_text
 from contrec_dist.baselines.sasrec.fit import fit_sasrec, limited_threads
-from contrec_dist.baselines.stage import find_finished, recommend_views, run_baseline
+from contrec_dist.baselines.stage import find_finished, run_baseline
+from contrec_dist.baselines.views import recommend_views
 from contrec_dist.data.catalog import Histories, load_items
 from contrec_dist.errors import ArtifactError
 from contrec_dist.report.lists import list_matrix, load_lists

@@ -9,8 +9,9 @@ import pytest
 
 from contrec_dist.__main__ import main
 from contrec_dist.baselines.popularity import Popularity, recommend_popular
-from contrec_dist.baselines.stage import find_finished, recommend_views, run_baseline
-from contrec_dist.baselines.tiger.baseline import load_decoder
+from contrec_dist.baselines.stage import find_finished, run_baseline
+from contrec_dist.baselines.tiger.baseline import load_recommender
+from contrec_dist.baselines.views import recommend_views
 from contrec_dist.data.catalog import Histories
 from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.report import evaluate
@@ -62,7 +63,7 @@ def test_lists_are_what_the_saved_decoder_recommends(finished):
     histories = Histories.load(config.folder("catalog"))
     users = histories.users_with("test")
     before = [histories.history(int(user), int(histories.test_pos[user])) for user in users]
-    decoder = load_decoder(config, config.folder("baselines/tiger"))
+    decoder = load_recommender(config, config.folder("baselines/tiger"))
     views = recommend_views(decoder, before, users, config.score.k)
     for seen in ("masked", "kept"):
         assert np.array_equal(views[seen][1], load_matrix(config, "tiger", "test", seen))

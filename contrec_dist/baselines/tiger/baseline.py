@@ -47,7 +47,7 @@ def fit(config: Config, work: Path) -> tuple[TigerDecoder, dict]:
     return open_decoder(config, model, ids), facts
 
 
-def load_decoder(config: Config, folder: Path) -> TigerDecoder:
+def load_recommender(config: Config, folder: Path) -> TigerDecoder:
     """The finished baseline of a run, ready to recommend. `config` must be the one that it was fitted with."""
     codes = np.load(Path(folder) / IDS_NAME)
     ids = SemanticIds.from_codes(codes, min(config.tiger.num_codes, count_known(config)))
