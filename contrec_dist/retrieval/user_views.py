@@ -13,6 +13,7 @@ from contrec_dist.model.contrec import ContRec
 from contrec_dist.model.history_reader import HistoryBatch, HistoryReader, Reading
 from contrec_dist.retrieval.current_index import CurrentIndex, OverlaidRows
 from contrec_dist.retrieval.scored_users import ScoredUsers, Users
+from contrec_dist.retrieval.steady_reader import SteadyReader, fill_rows
 
 
 @dataclass
@@ -37,7 +38,7 @@ class UserViews:
 
         items = load_items(config.folder("catalog")) if index is None else index.items
         latents = index.latents if index else np.load(config.folder("tokens") / "item_latents.npy", mmap_mode="r")
-        reader = HistoryReader(model, PromptTexts(items, tokenizer, config.prompt), tokenizer)
+        reader = SteadyReader(model, PromptTexts(items, tokenizer, config.prompt), tokenizer)
         users = users or ScoredUsers.of_catalog(config.folder("catalog"))
         return cls(config, model, reader, latents, load_user_latents(config), users)
 
@@ -69,7 +70,7 @@ class UserViews:
     def queries(self, condition: Tensor) -> Tensor:
         """Queries with a last 1 that meets the items' bias: (n, D) -> (n, Q + 1) float32."""
         with self.model.autocast(condition.device):
-            query = self.model.head.query(condition).float()
+            query = self.model.head.query(fill_rows(condition)).float()[: len(condition)]
         return torch.cat([query, query.new_ones(len(query), 1)], dim=1)
 
     def _histories(self, users: Users, rows: np.ndarray) -> HistoryBatch:
