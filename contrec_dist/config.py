@@ -243,6 +243,8 @@ class ShapeConfig:
     "entries of the byte-level BPE tokenizer trained on the titles"
     attention_dropout: float = 0.0
     "dropout on attention weights"
+    hidden_dropout: float = field(default=0.0, metadata=IDENTITY_IF_SET)
+    "dropout on what attention and MLP add to the residual stream"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -239,8 +239,8 @@ def _plain(value: object) -> object:
     """A section as JSON, without the fields that say only how it is executed, and without later switches at their default."""
     if not dataclasses.is_dataclass(value):
         return value
-    left_out = {one.name for one in dataclasses.fields(value) if not _counts(one, getattr(value, one.name))}
-    return {name: plain for name, plain in dataclasses.asdict(value).items() if name not in left_out}
+    values = {one: getattr(value, one.name) for one in dataclasses.fields(value)}
+    return {one.name: _plain(inner) for one, inner in values.items() if _counts(one, inner)}
 
 
 def _counts(field: dataclasses.Field, value: object) -> bool:

@@ -8,7 +8,8 @@ from typing import Iterable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -83,6 +84,8 @@ def empty_backbone(config: BackboneConfig, vocab_size: int) -> nn.Module:
     model = AutoModelForCausalLM.from_config(
         shape, dtype=torch.float32, attn_implementation=attention_kernel(config.attention)
     )
+    if not config.path and config.shape.hidden_dropout:
+        add_hidden_dropout(model, config.shape.hidden_dropout)
     return _prepare(model, config)
 
 
@@ -137,6 +140,17 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+
+
+def add_hidden_dropout(model: nn.Module, dropout: float) -> None:
+    """Dropout on both branches of every layer while it trains; transformers' Llama and Qwen have none there."""
+
+    def drop(module: nn.Module, _, output: Tensor) -> Tensor:
+        return functional.dropout(output, dropout, training=module.training)
+
+    for layer in model.base_model.layers:
+        for branch in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            branch.register_forward_hook(drop)
 
 
 def causal_lm(backbone: nn.Module) -> nn.Module:

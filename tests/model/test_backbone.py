@@ -100,3 +100,18 @@ def test_the_text_tokenizer_is_a_function_of_the_texts(tmp_path):
 def test_a_vocabulary_below_the_bytes_is_a_named_error():
     with pytest.raises(ConfigError, match="backbone.shape.vocab_size.*256"):
         train_text_tokenizer(["a"], vocab_size=256)
+
+
+def test_hidden_dropout_drops_both_branches_while_training_alone():
+    config = BackboneConfig(shape=ShapeConfig(hidden_size=16, num_heads=2, intermediate_size=32, hidden_dropout=0.5))
+    torch.manual_seed(0)
+    model = load_backbone(config, vocab_size=300)
+    dropped: dict[str, float] = {}
+    for name in ("self_attn.o_proj", "mlp.down_proj"):  # hooks run in order: this one sees what is added to the stream
+        module = model.base_model.layers[1].get_submodule(name)
+        module.register_forward_hook(lambda _, __, out, name=name: dropped.update({name: float((out == 0).float().mean())}))
+    tokens = torch.arange(1, 65)[None]  # 0 is padding, whose embedding is zero
+    model.train()(input_ids=tokens)
+    assert all(0.4 < share < 0.6 for share in dropped.values()) and len(dropped) == 2
+    first, again = (model.eval()(input_ids=tokens).logits for _ in range(2))
+    assert torch.equal(first, again) and set(dropped.values()) == {0.0}
