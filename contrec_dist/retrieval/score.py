@@ -245,6 +245,7 @@ def summarize_parts(parts: list[dict]) -> dict:
         "worker_seconds": {step: round(seconds, 3) for step, seconds in steps.items()},
         "worker_cpu_seconds": round(sum(one["cpu_seconds"] for one in parts), 3),
         "worker_peak_bytes": max((one["peak_bytes"] for one in parts), default=0),
+        "worker_own_bytes": max((one.get("own_bytes", 0) for one in parts), default=0),
         "driver_peak_bytes": peak_memory_bytes(),
     }
 

@@ -42,6 +42,15 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def own_memory_bytes() -> int:
+    """Resident memory that is not of mapped files, now; where the system does not tell (no Linux), all that is resident."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    except (OSError, StopIteration):
+        return peak_memory_bytes()
+
+
 class StepClock:
     """Seconds that a part spends in each of its steps, and the CPU's share of them."""
 
@@ -56,10 +65,11 @@ class StepClock:
         self.seconds[step] += time.perf_counter() - start
 
     def facts(self, users: int, rows: int) -> dict:
-        """What a part tells the driver; memory is the process's highest so far."""
-        cpu_seconds = time.process_time() - self.cpu_start
-        seconds = dict(self.seconds)
-        return {"users": users, "rows": rows, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_memory_bytes()}
+        """What a part tells the driver; memory is the process's highest so far, and its own now."""
+        return {
+            "users": users, "rows": rows, "seconds": dict(self.seconds), "cpu_seconds": time.process_time() - self.cpu_start,
+            "peak_bytes": peak_memory_bytes(), "own_bytes": own_memory_bytes(),
+        }  # fmt: skip
 
 
 @dataclass
@@ -112,7 +122,6 @@ class CandidateFinder:
                     with clock.time("transitions"):
                         frame[f"{view}_transitions"] = self.transitions.scores(users, item_idx)
         return pl.DataFrame(frame, schema_overrides={"reason": pl.String})
-
 
     def _read(self, users: Users) -> Reading:
         """Conditions of the users, and what the LLM wrote of them; written aside, the text does not change the condition."""

@@ -1,14 +1,17 @@
 """benchmarks/score.py: what its figures are made of."""
 
+import argparse
+
 import pytest
 
-from contrec_dist.benchmarks.score import compare_workers, describe_growth, plot_growth, summarize
+from contrec_dist.benchmarks.score import add_arguments, compare_workers, describe_growth, open_run, pick_sizes, plot_growth, summarize
+from contrec_dist.errors import ConfigError
 
 
 def make_facts(users, busy, cpu, driver=100, worker=200):
     return {
         "users": users, "worker_seconds": {"model": 0.75 * busy, "search": 0.25 * busy}, "worker_cpu_seconds": cpu,
-        "driver_peak_bytes": driver, "worker_peak_bytes": worker,
+        "driver_peak_bytes": driver, "worker_peak_bytes": worker, "worker_own_bytes": worker // 2,
     }  # fmt: skip
 
 
@@ -36,6 +39,29 @@ def test_quadratic_cost_is_seen():
 def test_workers_are_compared_by_wall_clock():
     one, two = (summarize(make_facts(100, 10, 10), seconds, workers) for seconds, workers in ((30.0, 1), (20.0, 2)))
     assert compare_workers([two, one]) == {"worker_ratio": 1.5, "worker_ratio_users": 100} and compare_workers([one]) == {}
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([*arguments])
+
+
+def test_a_finished_run_is_opened_with_its_own_config_and_scored_as_the_options_say(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: real\nhead: {query_dim: 48}\nscore: {splits: [test], k: 7, batch_users: 32}\n")
+    parsed = parse("--config", str(tmp_path / "run.yaml"), f"run_dir={tmp_path / 'run'}", "score.batch_users=64", "--k", "20")
+    config = open_run(parsed)
+    assert config.run_dir == str(tmp_path / "run") and config.head.query_dim == 48 and config.score.batch_users == 64
+    assert config.score.splits == ["next"] and config.score.k == 20 and not (tmp_path / "run").exists()
+
+
+def test_values_of_a_finished_run_without_one_are_refused():
+    with pytest.raises(ConfigError, match="--config FILE"):
+        open_run(parse("run_dir=somewhere"))
+
+
+def test_no_more_users_are_measured_than_there_are():
+    assert pick_sizes([1000, 10, 100], 50) == [10, 50] and pick_sizes([10, 100], 1000) == [10, 100]
 
 
 def test_the_plot_is_the_same_bytes_twice(tmp_path):
