@@ -588,7 +588,7 @@ class SasRecConfig:
 
     num_epochs: int = 40
     "passes over the training targets, most: it stops when validation no longer improves"
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     "AdamW peak learning rate"
     dropout: float = 0.4
     "dropout on what enters the transformer, on its branches, and inside the text MLP"
@@ -606,7 +606,7 @@ class SasRecConfig:
     "width of the MLP that reads an item's text (sasrec_text)"
     max_history: Optional[int] = None
     "items of a history, newest kept; null: prompt.max_history, what the model gets"
-    batch_targets: int = 2048
+    batch_targets: int = 1024
     "targets of an optimizer step"
     loss: Literal["full", "sampled"] = "full"
     "softmax over the whole catalogue, or over negatives that a step's targets share (log-probability corrected)"

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from contrec_dist.baselines.sasrec import recommender
 from contrec_dist.baselines.sasrec.batches import Windows, pad_newest
 from contrec_dist.baselines.sasrec.fit import Negatives, sum_full_losses, sum_sampled_losses
-from contrec_dist.baselines.sasrec.model import SasRec
-from contrec_dist.baselines.sasrec.recommender import SasRecRecommender, rank_unseen, read_queries
+from contrec_dist.baselines.sasrec.model import Dropout, SasRec
+from contrec_dist.baselines.sasrec.recommender import SasRecRecommender, Validation, rank_unseen, read_queries
 from contrec_dist.config import SasRecConfig
 from contrec_dist.data.catalog import Histories
 from contrec_dist.errors import ConfigError
@@ -224,6 +225,39 @@ def test_ranks_are_among_unseen_items_with_ties_by_lower_index():
     scores = torch.tensor([[5.0, 4.0, 4.0, 1.0], [5.0, 4.0, 4.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
     histories = [np.array([0]), np.array([3, 3]), np.array([2])]
     assert rank_unseen(scores, torch.tensor([2, 1, 2]), histories).tolist() == [2, 2, 0]  # the last target was seen
+
+
+def test_the_figure_is_the_same_in_chunks_of_any_size(windows, monkeypatch):
+    histories, _ = windows
+    last = histories.lengths - 1
+    asked = Histories(**{name: getattr(histories, name) for name in histories.__slots__} | {"validation_pos": last})
+    monkeypatch.setattr(recommender, "CHUNK_USERS", 1)
+    figures = []
+    for scores in (1, 3 * NUM_ITEMS, 2**20):
+        monkeypatch.setattr(recommender, "CHUNK_SCORES", scores)
+        figures.append(Validation(asked, 0, 4).measure(make_model()))
+    assert figures[0] == pytest.approx(figures[1], abs=1e-9) == pytest.approx(figures[2], abs=1e-9) and 0 < figures[0] < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_keeps_the_mean_and_passes_the_gradient_of_what_it_kept(dtype):
+    dropout, values = Dropout(0.3), torch.ones(301, 1001, dtype=dtype, requires_grad=True)
+    torch.manual_seed(0)
+    left = dropout(values)
+    left.sum().backward()
+    assert torch.equal(values.grad, left.detach()) and left.dtype == dtype
+    assert set(left.unique().tolist()) == {0.0, torch.tensor(1 / 0.7, dtype=dtype).item()}
+    shares = (left == 0).float()
+    assert abs(shares.mean().item() - 0.3) < 0.004  # five standard deviations
+    assert (shares.mean(0) - 0.3).abs().max() < 0.14 and (shares.mean(1) - 0.3).abs().max() < 0.08  # of columns and of rows
+    torch.manual_seed(0)
+    assert torch.equal(dropout(values), left) and not torch.equal(dropout(values), left)
+
+
+def test_dropout_changes_nothing_outside_training_or_at_0_and_all_at_1():
+    values = torch.randn(7, 5)
+    assert torch.equal(Dropout(0.3).eval()(values), values) and torch.equal(Dropout(0.0)(values), values)
+    assert not Dropout(1.0)(values).any() and Dropout(0.5)(values[:0]).shape == (0, 5)
 
 
 def test_settings_that_mean_nothing_are_refused_by_name():

@@ -32,7 +32,7 @@ class SasRec(nn.Module):
         self.max_history = max_history
         self.items = nn.Embedding(len(known), width)
         self.ages = nn.Embedding(max_history, width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
         for table in (self.items, self.ages):
@@ -42,7 +42,7 @@ class SasRec(nn.Module):
         if text is not None:
             self.items.weight.data[~known] = 0.0
             self.read_text = nn.Sequential(
-                nn.Linear(text.shape[1], config.text_hidden_size), nn.GELU(), nn.Dropout(config.dropout),
+                nn.Linear(text.shape[1], config.text_hidden_size), nn.GELU(), Dropout(config.dropout),
                 nn.Linear(config.text_hidden_size, width),
             )  # fmt: skip
             nn.init.normal_(self.read_text[-1].weight, std=INITIAL_STD / config.text_hidden_size**0.5)
@@ -79,6 +79,24 @@ class SasRec(nn.Module):
         return self.norm(hidden)
 
 
+class Dropout(nn.Module):
+    """nn.Dropout, whose CPU kernel takes a third of a step with text: there four numbers come from one draw of 64 bits.
+
+    A share of round(65536 p) / 65536 is dropped.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, values: Tensor) -> Tensor:
+        if values.device.type != "cpu" or not self.training or not 0.0 < self.p < 1.0:
+            return F.dropout(values, self.p, self.training)
+        draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
+        kept = draws.view(torch.int16)[: values.numel()].view(values.shape) >= round(self.p * 2**16) - 2**15
+        return values * kept.to(values.dtype).mul_(1 / (1 - self.p))
+
+
 class Block(nn.Module):
     """Attention and a GELU MLP, each behind a LayerNorm and added to its input. (B, W, D) -> (B, W, D)"""
 
@@ -89,7 +107,7 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.heads_in, self.heads_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         hidden = hidden + self.dropout(self._attend(self.attention_norm(hidden), mask))

@@ -16,7 +16,8 @@ from contrec_dist.data.catalog import Histories
 from contrec_dist.retrieval.metrics import gains_at
 from contrec_dist.retrieval.top_k import empty_result, exact_top_k
 
-CHUNK_SCORES = 2**25  # scores that a validation holds at a time, 128 MiB
+CHUNK_SCORES = 2**20  # scores that a validation holds at a time: 4 MiB stay in a core's cache
+CHUNK_USERS = 64  # at least, for large catalogues
 
 
 class SasRecRecommender:
@@ -73,7 +74,7 @@ class Validation:
         model.eval()
         vectors = model.catalogue()
         queries = torch.from_numpy(read_queries(model, vectors.cpu().numpy(), self.histories, self.batch_users))
-        step, ranks = max(1, CHUNK_SCORES // len(vectors)), []
+        step, ranks = max(CHUNK_USERS, CHUNK_SCORES // len(vectors)), []
         for start in range(0, self.num_users, step):
             rows = slice(start, start + step)
             scores = queries[rows].to(model.device) @ vectors.T
