@@ -445,6 +445,10 @@ class ScoreConfig:
     "classifier-free guidance w: x0 = (1 + w) x0(h) - w x0(null)"
     guidance_min_sigma: float = field(default=0.0, metadata=IDENTITY_IF_SET)
     "noise below which samples are no longer guided, at half the cost of a step; 0: guided at every step"
+    guidance_max_sigma: float = field(default=1.0, metadata=IDENTITY_IF_SET)
+    "noise above which samples are not yet guided; below 1, for example 0.999, it spares the step from pure noise"
+    step_spacing: float = field(default=1.0, metadata=IDENTITY_IF_SET)
+    "p of the noise steps T (1 - (i / n)^p): 1 is even; above 1 there are more where the noise is high and an item is chosen"
     posterior_items: int = 512
     "most likely items over which the closed form of head.kind 'bayes' sums (rank_by samples)"
     reasoning: Literal["generate", "aside", "none"] = "generate"

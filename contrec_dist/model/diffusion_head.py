@@ -98,34 +98,35 @@ class DiffusionHead(nn.Module):
     @torch.no_grad()
     def sample(
         self, condition: Tensor, *, num_samples: int = 1, num_steps: int, solver: str, guidance: float,
-        generator: torch.Generator, guidance_min_sigma: float = 0.0, denoise: Denoise | None = None,
+        generator: torch.Generator, guidance_min_sigma: float = 0.0, guidance_max_sigma: float = 1.0,
+        step_spacing: float = 1.0, denoise: Denoise | None = None,
     ) -> Tensor:
         """`num_samples` latents a condition by `num_steps` solver steps: x0 = (1 + w) x0(h) - w x0(null).
 
-        Where sigma(t) is below `guidance_min_sigma` the latent is all but decided and x0(h) is taken alone, at half the cost
-        (arXiv 2404.07724).
+        Where sigma(t) lies outside `guidance_min_sigma` to `guidance_max_sigma` x0(h) is taken alone, at half the cost: below,
+        the latent is all but decided; above, there is nothing in it yet to guide (arXiv 2404.07724).
         `denoise(rows, x_t, step)` takes the learned denoiser's place, guidance included (`kind: bayes`: CataloguePosterior).
 
         Conditions go through in chunks that fit a core's cache, each drawing its noise after the one before.
         Shapes   condition (B, D) -> (S, B, K*Z), normalised latents, float32
         """
-        denoise = denoise or self._guided_denoiser(condition, guidance, guidance_min_sigma)
+        denoise = denoise or self._guided_denoiser(condition, guidance, guidance_min_sigma, guidance_max_sigma)
         drawn = condition.new_empty(num_samples, len(condition), self.latent_width, dtype=torch.float32)
         chunk_rows = max(1, SAMPLE_ROWS // num_samples)
         for start in range(0, len(condition), chunk_rows):
             rows = slice(start, min(start + chunk_rows, len(condition)))
             drawn[:, rows] = sample(
                 partial(denoise, rows), self.schedule, shape=(num_samples, rows.stop - start, self.latent_width),
-                num_steps=num_steps, solver=solver, generator=generator, device=condition.device,
+                num_steps=num_steps, spacing=step_spacing, solver=solver, generator=generator, device=condition.device,
             )
         return drawn
 
-    def _guided_denoiser(self, condition: Tensor, guidance: float, min_sigma: float) -> Denoise:
+    def _guided_denoiser(self, condition: Tensor, guidance: float, min_sigma: float, max_sigma: float) -> Denoise:
         condition, null = self.norm(condition.float()), self.null_conditions(1)
 
         def denoise(rows: slice, x_t: Tensor, step: Tensor) -> Tensor:
             conditional = self.predict_x0(x_t, step[:1], condition[rows])
-            if guidance == 0.0 or self.schedule.sigmas[int(step[0])] < min_sigma:
+            if guidance == 0.0 or not min_sigma <= self.schedule.sigmas[int(step[0])] <= max_sigma:
                 return conditional
             return conditional + guidance * (conditional - self.predict_x0(x_t, step[:1], null))
 

@@ -1,9 +1,10 @@
 """From pure noise to a clean latent in a few denoiser calls: DDIM, DPM-Solver++(2M) and ancestral DDPM. Used in score.
 
-All three walk the same noise steps, evenly spaced and ending at clean data ("trailing" in `diffusers`): with n steps
-over T, t_i = round(T (n - i) / n) - 1 for i = 0 .. n-1, and after the last one x0 itself. So a chain starts at T-1 for
+All three walk the same noise steps, by default evenly spaced and ending at clean data ("trailing" in `diffusers`): with n
+steps over T, t_i = round(T (n - i) / n) - 1 for i = 0 .. n-1, and after the last one x0 itself. So a chain starts at T-1 for
 every n (pure noise, also for n = 1), never visits a step twice, and n = T visits each. The solvers then agree with
-`diffusers` step by step; its "linspace" spacing starts DDIM at t = 0 for n = 1 and repeats a step for n = T.
+`diffusers` step by step; its "linspace" spacing starts DDIM at t = 0 for n = 1 and repeats a step for n = T. A spacing p
+above 1 walks T (1 - (i / n)^p) - 1 instead, at least one noise step at a time: short steps at high noise, long ones at low.
 
 Cost: num_steps calls of the denoiser.
 """
@@ -31,6 +32,7 @@ def sample(
     solver: Solver,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
+    spacing: float = 1.0,
 ) -> Tensor:
     """Draw clean latents.
 
@@ -39,12 +41,12 @@ def sample(
     CPU generator gives the same numbers on every device. With one step all three return denoise(noise, T-1).
 
     Shapes   shape (B, ..., D); denoise: x_t (B, ..., D) float32, t (B,) int64 -> (B, ..., D); returns (B, ..., D) float32
-    Errors   ConfigError naming num_steps outside [1, T] or a solver that is not known.
+    Errors   ConfigError naming num_steps outside [1, T], a spacing below 1, or a solver that is not known.
     Source   DDIM arXiv 2010.02502 eq. 12; DPM-Solver++ arXiv 2211.01095 alg. 2; DDPM arXiv 2006.11239 eq. 7
     """
     if solver not in _STEPS:
         raise ConfigError("score.solver", solver, f"one of {sorted(_STEPS)}")
-    levels = [_Level.of(schedule, t) for t in spaced_timesteps(schedule.num_train_steps, num_steps)]
+    levels = [_Level.of(schedule, t) for t in spaced_timesteps(schedule.num_train_steps, num_steps, spacing)]
 
     def draw() -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(device)
@@ -57,14 +59,22 @@ def sample(
     return _predict(denoise, x_t, levels[-1].t)  # towards sigma 0 every solver's update is x0 itself
 
 
-def spaced_timesteps(num_train_steps: int, num_steps: int) -> list[int]:
+def spaced_timesteps(num_train_steps: int, num_steps: int, spacing: float = 1.0) -> list[int]:
     """The noise steps that a chain visits, falling from T-1; all differ.
 
-    Errors   ConfigError naming num_steps outside [1, T].
+    Errors   ConfigError naming num_steps outside [1, T] or a spacing below 1.
     """
     if not 1 <= num_steps <= num_train_steps:
         raise ConfigError("score.num_sampling_steps", num_steps, f"1 to {num_train_steps}, the steps of the schedule")
-    return [round(num_train_steps * (num_steps - i) / num_steps) - 1 for i in range(num_steps)]
+    if spacing == 1.0:
+        return [round(num_train_steps * (num_steps - i) / num_steps) - 1 for i in range(num_steps)]
+    if not 1.0 <= spacing < math.inf:
+        raise ConfigError("score.step_spacing", spacing, "a number of at least 1")
+    steps = [num_train_steps - 1]
+    for i in range(1, num_steps):
+        wanted = round(num_train_steps * (1.0 - (i / num_steps) ** spacing)) - 1
+        steps.append(min(wanted, steps[-1] - 1))
+    return steps
 
 
 class _Level(NamedTuple):

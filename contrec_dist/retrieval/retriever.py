@@ -88,6 +88,8 @@ class Retriever:
             solver=self.score.solver,
             guidance=self.score.guidance,
             guidance_min_sigma=self.score.guidance_min_sigma,
+            guidance_max_sigma=self.score.guidance_max_sigma,
+            step_spacing=self.score.step_spacing,
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + seed),
             denoise=self._closed_form(views, condition) if views.model.head.denoiser is None else None,
         )

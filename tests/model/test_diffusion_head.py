@@ -156,6 +156,18 @@ def test_guidance_ends_where_the_noise_is_below_its_limit():
     assert torch.equal(draw(head, condition, num_steps=5, guidance=1.0, guidance_min_sigma=1.1), unguided)
 
 
+def test_guidance_begins_where_the_noise_has_fallen_to_its_limit():
+    head, (condition, _) = make_head(), make_batch()
+    sigmas = [float(head.schedule.sigmas[t]) for t in (999, 799, 599, 399, 199)]
+    calls = count_calls(head)
+    for limit in (1.0, 0.999, sigmas[2], 0.0):
+        calls.clear()
+        draw(head, condition, num_steps=5, guidance=1.0, guidance_max_sigma=limit)
+        assert len(calls) == 5 + sum(sigma <= limit for sigma in sigmas)
+    unguided = draw(head, condition, num_steps=5, guidance=0.0)
+    assert torch.equal(draw(head, condition, num_steps=5, guidance=1.0, guidance_max_sigma=0.0), unguided)
+
+
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 def test_samples_that_share_a_modulation_equal_samples_of_repeated_conditions(guidance):
     """Three samples a condition against conditions named three times: the slow reference, over the same noise."""

@@ -129,6 +129,44 @@ def test_steps_fall_from_the_last_and_never_repeat(num_train_steps):
     assert steps == list(range(num_train_steps - 1, -1, -1))
 
 
+def test_a_spacing_above_one_puts_more_steps_where_the_noise_is_high():
+    assert spaced_timesteps(1000, 5, 2.0) == [999, 959, 839, 639, 359]
+    assert spaced_timesteps(100, 10, 3.0) == [99, 98, 97, 96, 93, 87, 77, 65, 48, 26]  # one apart at least
+    assert spaced_timesteps(1000, 200, 1.0) == spaced_timesteps(1000, 200)
+
+
+@pytest.mark.parametrize("spacing", [1.0, 1.2, 2.0, 5.0, 200.0])
+def test_whatever_the_spacing_steps_fall_from_the_last_and_never_repeat(spacing):
+    for num_steps in range(1, 38):
+        steps = spaced_timesteps(37, num_steps, spacing)
+        assert len(steps) == num_steps and steps[0] == 36 and steps[-1] >= 0
+        assert all(later < earlier for earlier, later in zip(steps, steps[1:]))
+
+
+@pytest.mark.parametrize("spacing", [0.0, -1.0, 0.9, float("nan"), float("inf")])
+def test_a_wrong_spacing_is_named(spacing):
+    with pytest.raises(ConfigError, match="score.step_spacing"):
+        spaced_timesteps(1000, 5, spacing)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_spacing_keeps_the_distribution_of_a_gaussian(solver):
+    """Each solver walks the steps that it is given: 200 of them, closer at high noise, end at the same mean and deviation."""
+    schedule, mean, std = NoiseSchedule(1000), torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.5])
+    visited = []
+    exact = gaussian_denoiser(schedule, mean, std)
+
+    def denoise(x_t, t):
+        visited.append(int(t[0]))
+        return exact(x_t, t)
+
+    settings = {"shape": (20000, 2), "num_steps": 200, "spacing": 1.2, "solver": solver, "generator": seeded(3)}
+    samples = sample(denoise, schedule, **settings)
+    assert visited == spaced_timesteps(1000, 200, 1.2)
+    assert_close(samples.mean(dim=0), mean, rtol=0, atol=0.04)
+    assert_close(samples.std(dim=0), std, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("num_steps", [0, -3, 1001])
 def test_a_wrong_number_of_steps_is_named(num_steps):
     with pytest.raises(ConfigError, match=f"num_sampling_steps.*got {num_steps},.*1000"):
