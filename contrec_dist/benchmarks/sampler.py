@@ -36,6 +36,7 @@ CHUNK_USERS = 1024
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
 PLAIN = {"guidance_min_sigma": 0.0, "guidance_max_sigma": 1.0, "step_spacing": 1.0}
+SETTINGS = {*PLAIN, "guidance"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Chain:
 
     @classmethod
     def parse(cls, name: str) -> "Chain":
-        """Raises ConfigError for what is no SOLVER:STEPS[:NAME=VALUE,...], or a name that is not in PLAIN."""
+        """Raises ConfigError for what is no SOLVER:STEPS[:NAME=VALUE,...], or a name that is not in SETTINGS."""
         try:
             solver, steps, *rest = name.split(":", 2)
             pairs = [pair.split("=") for pair in rest[0].split(",")] if rest else []
@@ -56,8 +57,8 @@ class Chain:
             chain = cls(solver, int(steps), settings)
         except ValueError:
             raise ConfigError("--chains", name, "SOLVER:STEPS[:NAME=VALUE,...], for example ddpm:10:step_spacing=2") from None
-        if not set(dict(settings)) <= set(PLAIN):
-            raise ConfigError("--chains", name, f"settings among {sorted(PLAIN)}")
+        if not set(dict(settings)) <= SETTINGS:
+            raise ConfigError("--chains", name, f"settings among {sorted(SETTINGS)}")
         return chain
 
     def __str__(self) -> str:

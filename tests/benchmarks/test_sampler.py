@@ -20,6 +20,7 @@ def test_a_chain_may_have_settings_of_its_own():
     name = "ddpm:10:guidance_max_sigma=0.999,step_spacing=2"
     chain = Chain.parse(name)
     assert chain == Chain("ddpm", 10, (("guidance_max_sigma", 0.999), ("step_spacing", 2.0))) and str(chain) == name
+    assert Chain.parse("ddpm:10:guidance=1.5").score(ScoreConfig(), plain=False).guidance == 1.5
     for wrong in ("ddpm", "ddpm:ten", "ddpm:10:2", "ddpm:10:step_spacing=two", "ddpm:10:k=5"):
         with pytest.raises(ConfigError, match=f"--chains.*{wrong}"):
             Chain.parse(wrong)
