@@ -17,9 +17,12 @@ INPUTS = ("catalog", "embeddings", "tokenizer", "tokens")
 
 @pytest.fixture(scope="session")
 def run_config(toy_tokens) -> Config:
-    """The toy config with gradient accumulation, and enough steps and parts to be killed in the middle of them."""
+    """The toy config with what real configs use, gradient accumulation, and steps and parts enough to be killed among them."""
+    shape = replace(toy_tokens.backbone.shape, hidden_dropout=0.1)
     return replace(
         toy_tokens,
+        prompt=replace(toy_tokens.prompt, item_layout="fused"),
+        backbone=replace(toy_tokens.backbone, shape=shape),
         train=replace(toy_tokens.train, num_epochs=3, micro_batch_rows=2, checkpoint_every_steps=4),
         score=replace(toy_tokens.score, users_per_part=12, batch_users=6),
         evaluate=EvaluateConfig(ks=[5, 10], sampler_users=20, sampler_steps=[1, 2]),
