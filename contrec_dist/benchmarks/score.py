@@ -47,8 +47,8 @@ COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run, sizes, workers and where to put things."""
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file of a finished run; else one is made up")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values of that run, for example run_dir=...")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file of a finished run (else: made up)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="its config values, for example run_dir=...")
     parser.add_argument("--num_items", type=int, default=1_000_000, help="items of a made-up run")
     parser.add_argument("--num_users", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="users a measurement")
     parser.add_argument("--num_workers", type=int, nargs="+", default=[1, 2], help="Ray workers, one core each")
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, help="PNG of seconds and memory against users")
     parser.add_argument("--tiger", action="store_true", help="measure TIGER's beam search beside")
     parser.add_argument("--beam", type=int, default=20, help="TIGER's beam, and the items a user of that comparison")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="config values of a made-up run, for example index.factory=...")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="config values of a made-up run")
 
 
 def run(parsed: argparse.Namespace) -> dict:
@@ -240,7 +240,7 @@ def print_table(records: list[dict]) -> None:
             f"{record['users']:,}", str(record["workers"]), f"{record['seconds']:.1f}",
             *(f"{record[name]:,.0f}" for name in ("users_per_second", "users_per_second_per_core", "users_per_cpu_second")),
             *(f"{record['shares'].get(step, 0):.0%}" for step in ("histories", "model", "search", "writing")),
-            *(f"{record[name] / MIB:.0f} MiB" for name in ("driver_peak_bytes", "worker_peak_bytes", "worker_own_bytes")),
+            *(f"{record[f'{name}_bytes'] / MIB:.0f} MiB" for name in ("driver_peak", "worker_peak", "worker_own")),
         )  # fmt: skip
     Console(width=max(150, Console().width)).print(table)
 
@@ -259,7 +259,7 @@ def plot_growth(records: list[dict], path: Path) -> None:
     time_axes.loglog(users, busy, "s--", label="workers at work")
     time_axes.loglog(users, [busy[-1] * one / users[-1] for one in users], ":", color="grey", label="linear")
     time_axes.set_ylabel("seconds")
-    lines = {"driver_peak_bytes": "driver, peak", "worker_peak_bytes": "worker, peak", "worker_own_bytes": "worker, without mapped files"}
+    lines = {"driver_peak_bytes": "driver, peak", "worker_peak_bytes": "worker, peak", "worker_own_bytes": "worker, its own"}
     for name, label in lines.items():
         memory_axes.semilogx(users, [record[name] / MIB for record in records], "o-", label=label)
     memory_axes.set_ylabel("MiB")

@@ -11,7 +11,10 @@ LENGTHS = np.random.default_rng(0).integers(1, 40, 37)
 HISTORIES = [[int(item) for item in np.random.default_rng(row).integers(0, 30, length)] for row, length in enumerate(LENGTHS)]
 
 
-@pytest.fixture(params=[{"titled_items": 2}, {"user_tokens": True}, {"item_layout": "fused"}], ids=["titles", "user_tokens", "fused"])
+PROMPTS = {"titles": {"titled_items": 2}, "user_tokens": {"user_tokens": True}, "fused": {"item_layout": "fused"}}
+
+
+@pytest.fixture(params=PROMPTS.values(), ids=PROMPTS)
 def world(make_world, request):
     return make_world(HISTORIES, **request.param)
 
