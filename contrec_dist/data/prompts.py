@@ -10,6 +10,7 @@ newest items of the history, never of the target. Used by training (packed) and 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -63,21 +64,59 @@ class PromptTexts:
             raise ConfigError("prompt.max_response_tokens", config.max_response_tokens, "at least 1, the end token")
         self.config = config
         self.end_token = int(tokenizer.eos_token_id)
-        encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
-        titles, categories, brands = (items[name].to_list() for name in ("title", "category", "brand"))
-        self.instruction = np.array(encode([config.instruction])[0], dtype=np.int64)
+        self._tokenizer, self._items = tokenizer, items.select("title", "category", "brand")
+        self.instruction = np.array(self._encode([config.instruction])[0], dtype=np.int64)
         titled = config.titled_items != 0
         self.titles = Ragged.from_lists(
-            [ids[: config.max_title_tokens] for ids in encode([" " + title for title in titles])]
+            [ids[: config.max_title_tokens] for ids in self._encode([" " + title for title in items["title"].to_list()])]
             if titled
-            else [[] for _ in titles]
+            else [[]] * len(items)
         )
-        terms = [leaf_category(category) or title for category, title in zip(categories, titles)]
-        self.term_names, self.term_of_item = np.unique(np.array(terms, dtype=object).astype(str), return_inverse=True)
-        self.brand_names, self.brand_of_item = np.unique(np.array(brands, dtype=object).astype(str), return_inverse=True)
-        self._terms = encode(list(self.term_names))
-        self._brands = encode(list(self.brand_names))
-        self._pieces = encode(list(RESPONSE_TEXTS))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    @cached_property
+    def _named_terms(self) -> tuple[np.ndarray, np.ndarray]:
+        """Only what writes or reads texts asks for names: a million items take seconds."""
+        pairs = zip(self._items["category"].to_list(), self._items["title"].to_list())
+        return _name([leaf_category(category) or title for category, title in pairs])
+
+    @cached_property
+    def _named_brands(self) -> tuple[np.ndarray, np.ndarray]:
+        return _name(self._items["brand"].to_list())
+
+    @property
+    def term_names(self) -> np.ndarray:
+        """Different terms, sorted."""
+        return self._named_terms[0]
+
+    @property
+    def term_of_item(self) -> np.ndarray:
+        """(N,) number of each item's term."""
+        return self._named_terms[1]
+
+    @property
+    def brand_names(self) -> np.ndarray:
+        """Different brands, sorted."""
+        return self._named_brands[0]
+
+    @property
+    def brand_of_item(self) -> np.ndarray:
+        """(N,) number of each item's brand."""
+        return self._named_brands[1]
+
+    @cached_property
+    def _terms(self) -> list[list[int]]:
+        return self._encode(list(self.term_names))
+
+    @cached_property
+    def _brands(self) -> list[list[int]]:
+        return self._encode(list(self.brand_names))
+
+    @cached_property
+    def _pieces(self) -> list[list[int]]:
+        return self._encode(list(RESPONSE_TEXTS))
 
     def item_layout(self, num_item_tokens: int) -> "ItemLayout":
         """How items stand in the prompt of this config."""
@@ -109,6 +148,11 @@ class PromptTexts:
         length = len(self._pieces[0]) + term_lengths[term] + len(self._pieces[2])
         length = length + np.where(brand >= 0, len(self._pieces[1]) + brand_lengths[brand], 0)
         return np.where(term >= 0, np.minimum(length, self.config.max_response_tokens - 1) + 1, 0)
+
+
+def _name(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Different texts, sorted, and the number of each one's."""
+    return np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
 
 
 def _majority(values: np.ndarray, minimum: int) -> np.ndarray:

@@ -30,6 +30,7 @@ class ItemTable(nn.Module):
         )
         self.residual = nn.Embedding(num_items, query_dim) if residual else None
         self.residual_drop = residual_drop
+        self._lowest_bias: float | None = None
         self.bias = nn.Embedding(num_items, 1)
         self.register_buffer("trained", torch.isfinite(log_popularity))
         if residual:
@@ -59,9 +60,18 @@ class ItemTable(nn.Module):
             vectors = vectors + self.residual(rows) * trained[:, None]
         bias = self.bias(rows)[:, 0]
         if not trained.all():
-            lowest = self.bias(self.trained.nonzero()[:, 0]).min()
-            bias = bias.where(trained, lowest)
+            bias = bias.where(trained, bias.new_tensor(self._find_lowest_bias()))
         return vectors, bias
+
+    def _find_lowest_bias(self) -> float:
+        """Of the items that training saw; once, until the table trains again."""
+        if self._lowest_bias is None:
+            self._lowest_bias = float(self.bias(self.trained.nonzero()[:, 0]).min())
+        return self._lowest_bias
+
+    def train(self, mode: bool = True) -> "ItemTable":
+        self._lowest_bias = None
+        return super().train(mode)
 
 
 class ContinuousInputs(nn.Module):

@@ -91,3 +91,15 @@ def test_dropout_acts_in_training_only():
     inputs, latents, vectors = make_inputs(dropout=0.5), torch.randn(5, K, Z), torch.randn(5, Q)
     assert (inputs.train().embed_items(latents, vectors) == 0).any()
     assert not (inputs.eval().embed_items(latents, vectors) == 0).any()
+
+
+def test_the_bias_of_untrained_items_follows_what_training_made_of_the_others():
+    popularity = torch.tensor([0.0, -1.0, -torch.inf])
+    table = ItemTable(num_items=3, latent_width=4, query_dim=2, residual=False, log_popularity=popularity).eval()
+    read = lambda: float(table(torch.zeros(1, 4), torch.tensor([2]))[1])  # noqa: E731
+    assert read() == -1.0 == read()
+    table.train()
+    with torch.no_grad():
+        table.bias.weight[1] = -3.0
+    table.eval()
+    assert read() == -3.0
