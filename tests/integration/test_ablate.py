@@ -20,11 +20,11 @@ ROWS = {
     "broken": "# no latent at all\ntokenizer:\n  latent_dim: 0\n",
     "guided": "# scores again\nscore: {rank_by: samples, guidance: 2.0, text_weights: [0.0], users_per_part: 150}\n",
     "left_out": "# not asked for\nseed: 1\n",
-    # Every switch that rows need, in one training: no text anywhere, quantised tokens, the last target alone.
+    # Every switch that rows need, in one training: no text anywhere, marked items, quantised tokens, the last target alone.
     "switched": """# everything
 embed: {text_dim: 0}
 tokenizer: {kind: rq, num_codes: 8, num_levels: 2}
-prompt: {instruction: "", titled_items: 0, response_drop: 1.0}
+prompt: {item_layout: marked, instruction: "", titled_items: 0, response_drop: 1.0}
 loss: {lm: 0.0}
 train: {targets: last, num_epochs: 1}
 score: {reasoning: none, users_per_part: 150}
