@@ -52,7 +52,7 @@ def two_ranks(reference, folder, poisoned_user, chains) -> tuple[dict[str, Confi
     """
     long = _new_run(reference[0], folder, "long")
     cut = _new_run(reference[0], folder, "cut")
-    configs = {"long": replace(long, train=replace(long.train, num_epochs=8)), "cut": cut, "cut_again": cut, **chains}
+    configs = {"long": replace(long, train=replace(long.train, num_epochs=10)), "cut": cut, "cut_again": cut, **chains}
     for stage in (0, 1, 2):
         configs[f"stage{stage}"] = _of_stage(_new_run(reference[0], folder, f"stage{stage}"), stage)
     for stage in POISONED_STAGES:
