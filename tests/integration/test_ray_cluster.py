@@ -66,6 +66,12 @@ class TwoNodes:
         below = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
         return [process for process in below if is_worker(process)]
 
+    def rest(self) -> None:
+        """Wait until the workers of earlier jobs have ended: one of them would be struck in place of this job's."""
+        earlier = [worker for node in (self.cluster.head_node, *self.cluster.worker_nodes) for worker in self.workers(node)]
+        _, alive = psutil.wait_procs(earlier, timeout=120)
+        assert not alive
+
     def kill(self, node) -> None:
         """SIGKILL to all processes of a node."""
         node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
@@ -144,6 +150,7 @@ def test_precompute_survives_the_loss_of_any_part_and_its_files_are_those_of_an_
     victim, nodes, toy_tokens, tmp_path
 ):
     nodes.complete()
+    nodes.rest()
     config = take_inputs(toy_tokens, tmp_path / "run")
     seed = ["worker", "driver", "node", "head"].index(victim)
     num_parts = int(np.random.default_rng(seed).integers(*KILL_POINTS))
