@@ -5,8 +5,8 @@
 
 Tokens stand before the title and the hidden state at `<item>` has seen only what came before it, so it is the condition
 for generating that item. Fused, an item's K tokens are one position, a half to a third of the work: the condition is the
-state at the position before the item, and `<item>` stands only after a response. The response names the category (and brand) that the user leans to: the most frequent of the
-newest items of the history, never of the target. Used by training (packed) and by scoring (one user a row) alike.
+state at the position before the item, and `<item>` stands only after a response. The response names the category (and
+brand) that the user leans to: the most frequent of the newest items of the history, never of the target. Used by training (packed) and by scoring (one user a row) alike.
 """
 
 from dataclasses import dataclass

@@ -109,17 +109,21 @@ class HistoryReader:
         reasons = [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
         return Reading(condition.float(), reasons)
 
+    def _fill(self, rows: Tensor) -> Tensor:
+        """Rows of items as the matrix products shall meet them: these, and any below them."""
+        return rows
+
     def _embed(self, histories: HistoryBatch, layout: BatchLayout) -> Tensor:
         """(B, width, D)"""
         to_device = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
         flat = causal_lm(self.model.backbone).get_input_embeddings()(to_device(layout.tokens))
-        latents = self.model.normalise(to_device(histories.latents))
-        vectors, _ = self.model.items(latents.flatten(1), to_device(histories.items))
+        latents = self.model.normalise(self._fill(to_device(histories.latents)))
+        vectors, _ = self.model.items(latents.flatten(1), self._fill(to_device(histories.items)))
         users = histories.user_latents
         embeddings = self.model._insert(
             flat,
             to_device(layout.slots),
-            self.model.embed_items(latents, vectors),
+            self.model.embed_items(latents, vectors)[: len(histories.items)],
             to_device(layout.markers),
             to_device(layout.user_slots),
             None if users is None else self.model.normalise(to_device(users)),

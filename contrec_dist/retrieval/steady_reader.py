@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from contrec_dist.model.backbone import causal_lm
-from contrec_dist.model.history_reader import BatchLayout, HistoryBatch, HistoryReader, Reading, lay_out_batch
+from contrec_dist.model.history_reader import HistoryBatch, HistoryReader, Reading, lay_out_batch
 from contrec_dist.model.last_position import read_last_positions
 
 SIZES_PER_OCTAVE = 16
@@ -52,20 +52,8 @@ class SteadyReader(HistoryReader):
             condition = read_last_positions(causal_lm(self.model.backbone).base_model, embeddings, last)
         return Reading(condition[:count].float(), [""] * count)
 
-    def _embed(self, histories: HistoryBatch, layout: BatchLayout) -> Tensor:
-        to_device = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
-        model, users = self.model, histories.user_latents
-        latents = model.normalise(fill_rows(to_device(histories.latents)))
-        vectors, _ = model.items(latents.flatten(1), fill_rows(to_device(histories.items)))
-        embeddings = model._insert(
-            causal_lm(model.backbone).get_input_embeddings()(to_device(layout.tokens)),
-            to_device(layout.slots),
-            model.embed_items(latents, vectors)[: len(histories.items)],
-            to_device(layout.markers),
-            to_device(layout.user_slots),
-            None if users is None else model.normalise(to_device(users)),
-        )
-        return embeddings.view(len(histories), layout.width, -1)
+    def _fill(self, rows: Tensor) -> Tensor:
+        return fill_rows(rows)
 
 
 def _fill_users(histories: HistoryBatch) -> HistoryBatch:

@@ -224,7 +224,8 @@ def _lay_out_rows(config: Config, sizes: DataSizes) -> tuple[Tensor, list[int]]:
 
 def _make_batch(config: Config, samples: list[int]) -> PackedBatch:
     """A micro-batch with the counts that these samples have; its numbers are of no account."""
-    num_tokens, latent_dim, item = config.tokenizer.num_item_tokens, config.tokenizer.latent_dim, ItemLayout.of(config.prompt, config.tokenizer.num_item_tokens)
+    num_tokens, latent_dim = config.tokenizer.num_item_tokens, config.tokenizer.latent_dim
+    item = ItemLayout.of(config.prompt, num_tokens)
     rows = (config.train.micro_batch_rows, config.train.row_tokens)
     inputs = sum(samples) - len(samples)
     texts = sum(_sample_positions(config, items)[1] for items in samples)
