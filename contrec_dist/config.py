@@ -166,6 +166,8 @@ class TokenizerConfig:
     "what the decoder sees: the mean of the K tokens, or all of them side by side"
     mask_ratio: float = 0.1
     "share of input dimensions masked anew for every sample (0: off)"
+    collaborative_drop: float = field(default=0.0, metadata=IDENTITY_IF_SET)
+    "share of samples that the encoders see without their collaborative part, as they see new items (0: off)"
     sigma: float = 0.1
     "C_sigma: E|s| of the latent noise, in units of the latent (0: off)"
     kl_weight: float = 1e-2

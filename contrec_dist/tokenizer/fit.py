@@ -19,10 +19,20 @@ CURVE_POINTS = 100
 CHUNK_ROWS = 8192
 
 
-def fit_tokenizer(rows: np.ndarray, config: TokenizerConfig, seed: int, *, num_steps: int, what: str) -> tuple[SigmaVAE, list[dict]]:
+def fit_tokenizer(
+    rows: np.ndarray,
+    config: TokenizerConfig,
+    seed: int,
+    *,
+    num_steps: int,
+    what: str,
+    collaborative: slice | None = None,
+) -> tuple[SigmaVAE, list[dict]]:
     """Train a sigma-VAE on `rows` with AdamW, cosine to 0.
 
-    `what` names the rows in errors and progress. Returns the tokenizer in evaluation mode, and its loss curve: about
+    `what` names the rows in errors and progress. `collaborative` names columns that a share `config.collaborative_drop` of
+    the samples is encoded without (at 0, as items have them that nobody has met) and all are reconstructed with: the text
+    alone then finds a place among the latents of the others. Returns the tokenizer in evaluation mode, and its loss curve: about
     CURVE_POINTS records of {"step", "loss", "reconstruction", "kl", "decorrelation"}, each a mean since the last.
     Shapes   rows: (n, E) float32
     Errors   DataError for fewer than two rows, or values that are not finite
@@ -38,7 +48,8 @@ def fit_tokenizer(rows: np.ndarray, config: TokenizerConfig, seed: int, *, num_s
     curve, sums, every = [], {}, max(1, num_steps // CURVE_POINTS)
     for step in track(range(1, num_steps + 1), stage="tokenize", unit=f"{what} steps", total=num_steps):
         batch = table[torch.randint(len(table), (config.batch_rows,), generator=generator)]  # (B, E)
-        losses = _take_step(tokenizer, batch, optimizer, generator)
+        seen = _drop_columns(batch, collaborative, config.collaborative_drop, generator)
+        losses = _take_step(tokenizer, seen, batch, optimizer, generator)
         schedule.step()
         sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
         if step % every == 0:
@@ -62,9 +73,19 @@ def _check_rows(rows: np.ndarray, what: str) -> np.ndarray:
     return np.ascontiguousarray(rows, dtype=np.float32)
 
 
-def _take_step(tokenizer: SigmaVAE, batch: torch.Tensor, optimizer, generator) -> dict[str, float]:
+def _drop_columns(batch: torch.Tensor, columns: slice | None, share: float, generator: torch.Generator) -> torch.Tensor:
+    """A copy of the batch (B, E) with `columns` of a fresh share of its rows at 0."""
+    if columns is None or share == 0:
+        return batch
+    dropped = torch.rand(len(batch), generator=generator) < share
+    batch = batch.clone()
+    batch[dropped, columns] = 0.0
+    return batch
+
+
+def _take_step(tokenizer: SigmaVAE, seen: torch.Tensor, target: torch.Tensor, optimizer, generator) -> dict[str, float]:
     """One optimizer step; the losses as numbers."""
-    losses = tokenizer.loss(batch, generator)
+    losses = tokenizer.loss(seen, generator, target=target)
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
     torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), CLIP_NORM)

@@ -127,14 +127,18 @@ class SigmaVAE(nn.Module):
         """Reconstruct embeddings. Shapes   (B, K, Z) -> (B, E)"""
         return self.from_space(self._decode_space(z))
 
-    def loss(self, x: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    def loss(
+        self, x: torch.Tensor, generator: torch.Generator | None = None, *, target: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """The training objective "loss" and its parts, unweighted, each a scalar.
 
-        Mask and noise are drawn anew from `generator` at every call.
-        Shapes   x: (B, E) -> "reconstruction", "kl", "decorrelation", "loss": () float32
+        Mask and noise are drawn anew from `generator` at every call. `target` is what is reconstructed where x holds a part
+        of it only; x itself without it.
+        Shapes   x, target: (B, E) -> "reconstruction", "kl", "decorrelation", "loss": () float32
         """
-        target = self.to_space(x)  # (B, E)
-        mu = self._encode_space(self._mask(target, generator))  # (B, K, Z)
+        seen = self.to_space(x)  # (B, E)
+        target = seen if target is None else self.to_space(target)
+        mu = self._encode_space(self._mask(seen, generator))  # (B, K, Z)
         reconstruction = F.mse_loss(self._decode_space(self.add_noise(mu, generator)), target)
         parts = {"reconstruction": reconstruction, "kl": mu.square().mean(), "decorrelation": compute_decorrelation(mu)}
         weighted = self.config.kl_weight * parts["kl"] + self.config.decorrelation_weight * parts["decorrelation"]
@@ -231,6 +235,8 @@ def _check_config(config: TokenizerConfig) -> None:
             raise ConfigError(f"tokenizer.{key}", getattr(config, key), "at least 1")
     if not 0 <= config.mask_ratio < 1:
         raise ConfigError("tokenizer.mask_ratio", config.mask_ratio, "a share in [0, 1)")
+    if not 0 <= config.collaborative_drop < 1:
+        raise ConfigError("tokenizer.collaborative_drop", config.collaborative_drop, "a share in [0, 1)")
     for key in ("sigma", "kl_weight", "decorrelation_weight", "whiten_floor"):
         if getattr(config, key) < 0:
             raise ConfigError(f"tokenizer.{key}", getattr(config, key), "at least 0")

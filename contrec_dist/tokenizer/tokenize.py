@@ -8,6 +8,7 @@ Guarantees   the probes are measured on the tokenizer as it was read back from t
 Cost         see fit.py and probes.py.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from contrec_dist.config import Config
 from contrec_dist.data.catalog import load_items
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import Manifest, run_stage, write_json
+from contrec_dist.progress import get_logger
 from contrec_dist.tokenizer.fit import fit_tokenizer
 from contrec_dist.tokenizer.probes import measure_tokenizer
 from contrec_dist.tokenizer.sigma_vae import SigmaVAE
@@ -38,7 +40,8 @@ def run(config: Config) -> Manifest:
 
 def _build(config: Config, work_dir: Path) -> dict:
     items, users = _read_training_rows(config)
-    curves = {ITEM_TOKENIZER: _fit_and_save(items, config, work_dir, ITEM_TOKENIZER, config.tokenizer.num_steps)}
+    collaborative = _find_collaborative(config)
+    curves = {ITEM_TOKENIZER: _fit_and_save(items, config, work_dir, ITEM_TOKENIZER, config.tokenizer.num_steps, collaborative)}
     if users.shape[1] > 0:
         steps = max(1, config.tokenizer.num_steps // USER_STEPS_DIVISOR)
         curves[USER_TOKENIZER] = _fit_and_save(users, config, work_dir, USER_TOKENIZER, steps)
@@ -70,9 +73,26 @@ def _draw_rows(table: np.ndarray, known: np.ndarray, seed: int) -> np.ndarray:
     return np.array(table[rows])
 
 
-def _fit_and_save(rows: np.ndarray, config: Config, folder: Path, name: str, num_steps: int) -> list[dict]:
+def _find_collaborative(config: Config) -> slice | None:
+    """The items' collaborative columns, where they have text beside them: without it nothing is left when they are dropped."""
+    if config.tokenizer.collaborative_drop == 0:
+        return None
+    layout = json.loads((config.folder("embeddings") / "layout.json").read_text())
+    collaborative, text = slice(*layout["collaborative"]), slice(*layout["text"])
+    both = all(part.stop > part.start for part in (collaborative, text))
+    if not both:
+        get_logger("tokenize").info("tokenizer.collaborative_drop has no effect: items have one part only")
+    return collaborative if both else None
+
+
+def _fit_and_save(
+    rows: np.ndarray, config: Config, folder: Path, name: str, num_steps: int, collaborative: slice | None = None
+) -> list[dict]:
     """Train and save one tokenizer; returns its loss curve."""
-    tokenizer, curve = fit_tokenizer(rows, config.tokenizer, config.seed, num_steps=num_steps, what=name.split("_")[0])
+    what = name.split("_")[0]
+    tokenizer, curve = fit_tokenizer(
+        rows, config.tokenizer, config.seed, num_steps=num_steps, what=what, collaborative=collaborative
+    )
     tokenizer.save(folder, name)
     return curve
 

@@ -22,8 +22,11 @@ def toy_config(**settings) -> TokenizerConfig:
     return TokenizerConfig(**{"num_item_tokens": 2, "latent_dim": 8, "hidden_dim": 32, "batch_rows": 64, "learning_rate": 3e-3, **settings})
 
 
-def fit_toy(seed: int = 0, rows: np.ndarray | None = None, num_steps: int = NUM_STEPS, **settings):
-    return fit_tokenizer(toy_rows() if rows is None else rows, toy_config(**settings), seed, num_steps=num_steps, what="item")
+def fit_toy(
+    seed: int = 0, rows: np.ndarray | None = None, num_steps: int = NUM_STEPS, collaborative: slice | None = None, **settings
+):
+    rows = toy_rows() if rows is None else rows
+    return fit_tokenizer(rows, toy_config(**settings), seed, num_steps=num_steps, what="item", collaborative=collaborative)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,27 @@ def test_the_noise_keeps_latents_larger_than_itself_against_the_pull():
 def test_decorrelation_keeps_the_ways_apart():
     on, off = (fit_toy(decorrelation_weight=weight)[1][-1]["decorrelation"] for weight in (0.05, 0.0))
     assert on < 0.5 * off
+
+
+def test_text_alone_finds_the_collaborative_part_where_it_was_dropped_in_training():
+    """The first 4 columns are 4 of the others, mixed: what is left of a row tells all of it."""
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(400, 8)).astype(np.float32)
+    rows = np.concatenate([text[:, :4] @ np.linalg.qr(rng.normal(size=(4, 4)))[0].astype(np.float32), text], axis=1)
+    new = rows.copy()
+    new[:, :4] = 0.0
+    errors = {}
+    for share in (0.0, 0.5):
+        vae, _ = fit_toy(rows=rows, latent_dim=16, collaborative_drop=share, num_steps=300, collaborative=slice(0, 4))
+        with torch.no_grad():
+            errors[share] = ((vae.decode(encode(vae, new)).numpy() - rows) ** 2)[:, :4].mean()
+    assert errors[0.5] < 0.1 < 0.3 < errors[0.0]
+
+
+def test_columns_are_dropped_only_where_they_are_named_and_a_share_is_set():
+    plain = fit_toy(num_steps=3)[1]
+    assert fit_toy(num_steps=3, collaborative=slice(0, 4))[1] == plain == fit_toy(num_steps=3, collaborative_drop=0.5)[1]
+    assert fit_toy(num_steps=3, collaborative_drop=0.5, collaborative=slice(0, 4))[1] != plain
 
 
 def test_same_seed_same_bits_and_another_seed_others():

@@ -218,7 +218,7 @@ def test_missing_or_foreign_files_are_named(tmp_path):
         SigmaVAE.load(tmp_path, "a")
 
 
-@pytest.mark.parametrize("key, value", [("latent_dim", 0), ("mask_ratio", 1.0), ("sigma", -0.1), ("num_item_tokens", 0)])
+@pytest.mark.parametrize("key, value", [("latent_dim", 0), ("mask_ratio", 1.0), ("collaborative_drop", 1.0), ("sigma", -0.1), ("num_item_tokens", 0)])
 def test_impossible_settings_are_refused_by_name(key, value):
     with pytest.raises(ConfigError, match=f"tokenizer.{key}"):
         SigmaVAE(6, toy_config(**{key: value}))

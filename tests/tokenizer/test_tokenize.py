@@ -9,7 +9,7 @@ import torch
 
 from contrec_dist.config import Config, TokenizerConfig
 from contrec_dist.errors import ArtifactError
-from contrec_dist.manifest import Manifest, run_stage
+from contrec_dist.manifest import Manifest, run_stage, write_json
 from contrec_dist.tokenizer import tokenize
 from contrec_dist.tokenizer.fit import fit_tokenizer
 from contrec_dist.tokenizer.sigma_vae import SigmaVAE
@@ -17,7 +17,7 @@ from contrec_dist.tokenizer.sigma_vae import SigmaVAE
 NUM_ITEMS, NUM_COLD, NUM_USERS = 60, 5, 30
 
 
-def write_inputs(config: Config, user_dim: int, items: np.ndarray, catalog_rows: int = NUM_ITEMS) -> None:
+def write_inputs(config: Config, user_dim: int, items: np.ndarray, catalog_rows: int = NUM_ITEMS, split: int = 4) -> None:
     """catalog/ and embeddings/ as the stages before write them; the last NUM_COLD items have no training interactions."""
 
     def build_catalog(_config, folder):
@@ -30,6 +30,7 @@ def write_inputs(config: Config, user_dim: int, items: np.ndarray, catalog_rows:
         np.save(folder / "items.npy", items)
         np.save(folder / "users.npy", rng.normal(size=(NUM_USERS, user_dim)).astype(np.float32))
         np.save(folder / "user_known.npy", np.arange(NUM_USERS) < NUM_USERS - 2)
+        write_json(folder / "layout.json", {"collaborative": [0, split], "text": [split, items.shape[1]]})
         return {}
 
     run_stage(config, stage="prepare", folder="catalog", sections=(), inputs=(), build=build_catalog)
@@ -41,10 +42,10 @@ def toy_items() -> np.ndarray:
 
 
 def run_toy(
-    tmp_path, name: str = "toy", user_dim: int = 4, items: np.ndarray | None = None, kind: str = "sigma_vae", **extra
+    tmp_path, name: str = "toy", user_dim: int = 4, items: np.ndarray | None = None, kind: str = "sigma_vae", drop: float = 0.0, **extra
 ) -> Config:
     sizes = {"num_item_tokens": 2, "latent_dim": 3, "hidden_dim": 8, "num_steps": 8, "batch_rows": 16, "probe_rows": 20}
-    settings = TokenizerConfig(kind=kind, num_codes=4, num_levels=2, **sizes)
+    settings = TokenizerConfig(kind=kind, num_codes=4, num_levels=2, collaborative_drop=drop, **sizes)
     config = Config(name=name, run_dir=str(tmp_path / name), tokenizer=settings)
     write_inputs(config, user_dim, toy_items() if items is None else items, **extra)
     tokenize.run(config)
@@ -69,6 +70,24 @@ def test_items_without_training_interactions_do_not_reach_the_tokenizer(tmp_path
     files = [Manifest.load(config.folder("tokenizer")).files for config in configs]
     assert files[0]["item_tokenizer.safetensors"] == files[1]["item_tokenizer.safetensors"]
     assert files[0]["probes.json"] == files[1]["probes.json"]
+
+
+def test_the_collaborative_columns_are_dropped_where_text_is_left(tmp_path):
+    rows = toy_items()
+    config = run_toy(tmp_path, "both", drop=0.5)
+    trained, _ = fit_tokenizer(
+        rows[:-NUM_COLD], config.tokenizer, config.seed, num_steps=8, what="item", collaborative=slice(0, 4)
+    )
+    loaded = SigmaVAE.load(config.folder("tokenizer"), tokenize.ITEM_TOKENIZER)
+    with torch.no_grad():
+        assert torch.equal(loaded.encode(torch.from_numpy(rows)), trained.encode(torch.from_numpy(rows)))
+
+
+@pytest.mark.parametrize("split", [0, 10])
+def test_dropping_the_only_part_of_an_item_has_no_effect(tmp_path, split):
+    configs = [run_toy(tmp_path, f"{drop}", drop=drop, split=split) for drop in (0.0, 0.5)]
+    files = [Manifest.load(config.folder("tokenizer")).files["item_tokenizer.safetensors"] for config in configs]
+    assert files[0] == files[1]
 
 
 def test_user_tokenizer_exists_exactly_when_users_have_embeddings(tmp_path):
