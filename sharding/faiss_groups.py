@@ -152,6 +152,8 @@ def _join(group: Group, other: Group) -> bool:
         return False
     for one, two in zip(first, second):
         has_lists = find_inverted(one) is not None
+        if has_lists:
+            move_aligned_lists(one, two, len(group.ids))
         one.merge_from(two, *([len(group.ids)] if has_lists else []))
     group.index.ntotal = len(group.ids) + len(other.ids)
     if group.removed is not None or other.removed is not None:
@@ -159,6 +161,29 @@ def _join(group: Group, other: Group) -> bool:
     group.ids = np.concatenate([group.ids, other.ids])
     group.max_norm = max(group.max_norm, other.max_norm)
     return True
+
+
+def move_aligned_lists(one: faiss.IndexIVF, two: faiss.IndexIVF, first_id: int) -> None:
+    """Move to `one` those lists of `two` that FAISS's merge would write beyond the end of.
+
+    BlockInvertedLists::add_entries (faiss 1.15) asks whether a list's length is a multiple of its block's bytes where rows are
+    meant, and copies as many blocks as the whole list then has. Such a list ends with a full block: the other's follow it.
+    """
+    mine, theirs = (faiss.downcast_InvertedLists(index.invlists) for index in (one, two))
+    if not isinstance(mine, faiss.BlockInvertedLists):
+        return
+    for number in range(mine.nlist):
+        size, more = mine.list_size(number), theirs.list_size(number)
+        if not size or not more or size % mine.block_size:
+            continue
+        mine.resize(number, size + more)
+        block_bytes = -(-more // mine.n_per_block) * mine.block_size
+        full_bytes = size // mine.n_per_block * mine.block_size
+        codes = faiss.rev_swig_ptr(mine.get_codes(number), full_bytes + block_bytes)
+        codes[full_bytes:] = faiss.rev_swig_ptr(theirs.get_codes(number), block_bytes)
+        ids = faiss.rev_swig_ptr(mine.get_ids(number), size + more)
+        ids[size:] = faiss.rev_swig_ptr(theirs.get_ids(number), more) + first_id
+        theirs.resize(number, 0)
 
 
 def _parts(index: faiss.Index) -> list[faiss.Index]:

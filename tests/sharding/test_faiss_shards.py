@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from contrec_dist.retrieval.top_k import exact_top_k
 from sharding.faiss_build import extend_shards
 from sharding.faiss_factory import choose_factory
 from sharding.faiss_files import list_shards
+from sharding.faiss_groups import move_aligned_lists
 from sharding.faiss_shards import FaissShards
 from sharding.faiss_tuning import find_cheapest
 
@@ -125,6 +127,29 @@ def test_measured_recall_is_the_recall_of_the_opened_index(tmp_path, factory):
     assert shards.recall >= 0.8 and recall >= shards.recall - 1e-9
     if factory != "HNSW8":  # graphs are not joined: their shards look at more than was counted
         assert recall == pytest.approx(shards.recall)
+
+
+def test_a_list_that_ends_with_its_block_bytes_is_joined_without_the_merge_of_faiss():
+    """faiss writes beyond a list whose length is a multiple of its block's bytes, here 128; such a list must not reach it."""
+    vectors, index = make_vectors(400, 8), faiss.index_factory(8, "IVF2,PQ8x4fs", faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    _, list_of = index.quantizer.search(vectors, 1)
+    near = [np.flatnonzero(list_of[:, 0] == number) for number in (0, 1)]
+    first, second = np.concatenate([near[0][:128], near[1][:60]]), np.concatenate([near[0][128:], near[1][60:]])
+    whole, one, two = (faiss.clone_index(index) for _ in range(3))
+    whole.add(vectors[np.concatenate([first, second])])
+    one.add(vectors[first])
+    two.add(vectors[second])
+    lists = {name: faiss.downcast_InvertedLists(each.invlists) for name, each in (("one", one), ("two", two))}
+    assert [lists["one"].list_size(0), lists["one"].block_size] == [128, 128] and lists["two"].list_size(0) > 32
+    move_aligned_lists(one, two, len(first))
+    assert [lists["two"].list_size(number) for number in (0, 1)] == [0, len(near[1]) - 60]  # the other list is left to faiss
+    one.merge_from(two, len(first))
+    for joined in (one, whole):
+        joined.nprobe = 2
+    assert np.array_equal(faiss.rev_swig_ptr(lists["one"].get_ids(0), len(near[0])), np.r_[:128, 188 : 188 + len(near[0]) - 128])
+    for found, wanted in zip(one.search(vectors, 400), whole.search(vectors, 400)):
+        assert np.array_equal(found, wanted)
 
 
 def test_the_cheapest_setting_that_reaches_the_recall_is_taken():
