@@ -65,9 +65,10 @@ def _load_row(path: Path, files: Sequence[str], overrides: Sequence[str]) -> Abl
         if getattr(config.score, name):
             got = getattr(config.score, name)
             raise ConfigError(f"score.{name}", got, "nothing: every row has lists of all users of its own")
-    if config.score.k < NEEDED_CUT or "validation" not in config.score.splits:
+    if config.score.k < NEEDED_CUT or not {"validation", "test"} <= set(config.score.splits):
         got = f"k={config.score.k}, splits={config.score.splits}"
-        raise ConfigError("score", got, f"lists of at least {NEEDED_CUT} for 'validation', where rows are compared")
+        wanted = f"lists of at least {NEEDED_CUT} for 'validation', where rows are compared, and 'test', which evaluate judges too"
+        raise ConfigError("score", got, wanted)
     # Other baselines belong to the base's run.
     baselines = [name for name in config.evaluate.baselines if name in WORKED_OUT]
     config = dataclasses.replace(

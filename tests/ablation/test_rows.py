@@ -112,7 +112,7 @@ def test_a_folder_without_a_base_is_refused(tmp_path):
     ("argument", "named"),
     [
         ("score.output=/one/place", "score.output"), ("score.users_file=u.csv", "score.users_file"),
-        ("score.splits=[test]", "validation"), ("score.k=5", "at least 10"),
+        ("score.splits=[test]", "validation"), ("score.splits=[validation]", "'test'"), ("score.k=5", "at least 10"),
     ],
 )  # fmt: skip
 def test_settings_that_rows_cannot_share_are_refused(tmp_path, argument, named):
