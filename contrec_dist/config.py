@@ -116,10 +116,12 @@ class SplitConfig:
 class EmbedConfig:
     """Item and user embeddings: collaborative (training edges only) joined with text."""
 
-    collaborative: Literal["lightgcn", "none"] = "lightgcn"
-    "collaborative embedding"
+    collaborative: Literal["lightgcn", "sequential", "none"] = "lightgcn"
+    "'lightgcn': who met what; 'sequential': what stands near what in a history, factorised (embeddings/sequential.py)"
     collaborative_dim: int = 64
     "width of the collaborative embedding"
+    sequential_window: int = field(default=5, metadata=IDENTITY_IF_SET)
+    "places of a history that two items may be apart to count as near (collaborative: sequential)"
     num_layers: int = 2
     "LightGCN propagation layers"
     num_epochs: int = 20
@@ -144,6 +146,8 @@ class EmbedConfig:
     def __post_init__(self):
         if self.text_dim < 0:
             raise ConfigError("embed.text_dim", self.text_dim, "at least 1, or 0 for no text")
+        if self.sequential_window < 1:
+            raise ConfigError("embed.sequential_window", self.sequential_window, "at least 1")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Sequence
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import csr_array
 
 from contrec_dist.config import Config, ItemKnnConfig
 from contrec_dist.data.catalog import Histories, load_items
+from contrec_dist.data.pairs import count_pairs
 from contrec_dist.retrieval.top_k import empty_result
 
 SECTIONS, INPUTS = ("item_knn",), ()
@@ -62,18 +63,6 @@ def item_similarities(histories: Histories, num_train: np.ndarray, config: ItemK
     norm = counts[sources] ** config.source_power * counts[pairs.indices] ** config.target_power + config.shrinkage
     pairs.data = (pairs.data / norm).astype(np.float32)
     return keep_largest(pairs, config.neighbours) if config.neighbours else pairs
-
-
-def count_pairs(histories: Histories, num_items: int, window: int, gap_decay: float) -> csr_array:
-    """How often an item followed another, near ones counting more: one sparse sum a gap. -> (N, N) float32"""
-    users, items = histories.training_edges()
-    total = csr_array((num_items, num_items), dtype=np.float32)
-    for gap in range(1, min(window, len(items) - 1) + 1):
-        same = users[gap:] == users[:-gap]
-        earlier, later = items[:-gap][same], items[gap:][same]
-        weight = np.full(len(later), float(gap) ** -gap_decay, dtype=np.float32)
-        total = total + coo_array((weight, (earlier, later)), shape=total.shape).tocsr()
-    return total
 
 
 def keep_largest(matrix: csr_array, count: int) -> csr_array:

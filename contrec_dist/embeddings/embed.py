@@ -1,7 +1,7 @@
 """Stage embed: catalog -> embeddings/.
 
-An item's embedding is its collaborative part (LightGCN, training edges only) beside its text part (title, category,
-brand, text); a user's is the collaborative part alone. Every part is standardised with the statistics of the rows that
+An item's embedding is its collaborative part (LightGCN or sequential, training interactions only) beside its text part
+(title, category, brand, text); a user's is the collaborative part alone. Every part is standardised with the statistics of the rows that
 have training interactions: zero mean in every dimension, unit mean variance over the part, so neither outweighs the
 other. An item without training interactions has a collaborative part of zeros, the mean, and its text as any other.
 
@@ -23,6 +23,7 @@ from contrec_dist.config import Config
 from contrec_dist.data.catalog import HISTORIES_FILE, Histories, load_items
 from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.embeddings.collaborative import fit_lightgcn
+from contrec_dist.embeddings.sequential import fit_sequential
 from contrec_dist.embeddings.textual import TextEncoder, join_item_text
 from contrec_dist.manifest import Manifest, hash_file, hash_json, run_stage, write_json
 from contrec_dist.progress import get_logger, track
@@ -163,7 +164,11 @@ def _embed_edges(config: Config, num_users: int, num_items: int) -> tuple[np.nda
     """Collaborative embeddings of items and users, of width 0 where they are switched off, and the losses."""
     if config.embed.collaborative == "none":
         return np.zeros((num_items, 0), np.float32), np.zeros((num_users, 0), np.float32), []
-    edges = np.stack(Histories.load(config.folder("catalog")).training_edges(), axis=1).astype(np.int64)  # (M, 2)
+    histories = Histories.load(config.folder("catalog"))
+    if config.embed.collaborative == "sequential":
+        learned = fit_sequential(histories, num_items, config.embed, config.seed)
+        return learned.items, learned.users, learned.losses
+    edges = np.stack(histories.training_edges(), axis=1).astype(np.int64)  # (M, 2)
     learned = fit_lightgcn(edges, num_users, num_items, config.embed, config.seed)
     get_logger("embed").info("LightGCN: %d edges, loss %.4f -> %.4f", len(edges), learned.losses[0], learned.losses[-1])
     return learned.items, learned.users, learned.losses

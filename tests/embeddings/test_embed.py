@@ -60,18 +60,21 @@ def run_toy(tmp_path, name: str = "toy", histories=None, **settings) -> Config:
     return config
 
 
-def test_validation_and_test_items_do_not_reach_the_embedding(tmp_path):
+@pytest.mark.parametrize("collaborative", ["lightgcn", "sequential"])
+def test_validation_and_test_items_do_not_reach_the_embedding(tmp_path, collaborative):
     first, second = toy_histories(held_out_seed=1), toy_histories(held_out_seed=2)
     assert first != second
-    folders = [run_toy(tmp_path, name, rows).folder("embeddings") for name, rows in (("a", first), ("b", second))]
+    runs = [run_toy(tmp_path, name, rows, collaborative=collaborative) for name, rows in (("a", first), ("b", second))]
+    folders = [config.folder("embeddings") for config in runs]
     for name in (*ITEM_FILES, "text_encoder/ngrams.safetensors"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
-def test_a_changed_training_item_does_reach_the_embedding(tmp_path):
+@pytest.mark.parametrize("collaborative", ["lightgcn", "sequential"])
+def test_a_changed_training_item_does_reach_the_embedding(tmp_path, collaborative):
     histories = toy_histories()
     changed = [[(items[0] + 1) % COLD_ITEM, *items[1:]] for items in histories]
-    configs = [run_toy(tmp_path, name, rows) for name, rows in (("a", histories), ("b", changed))]
+    configs = [run_toy(tmp_path, name, rows, collaborative=collaborative) for name, rows in (("a", histories), ("b", changed))]
     arrays = [np.load(config.folder("embeddings") / "items.npy") for config in configs]
     assert not np.array_equal(*arrays)
 
@@ -97,8 +100,9 @@ def test_what_is_written_is_the_contract(tmp_path):
     assert Manifest.load(folder).files["items.npy"]["shape"] == [NUM_ITEMS, 9]
 
 
-def test_both_parts_are_standardised_over_items_with_training_interactions(tmp_path):
-    config = run_toy(tmp_path)
+@pytest.mark.parametrize("collaborative", ["lightgcn", "sequential"])
+def test_both_parts_are_standardised_over_items_with_training_interactions(tmp_path, collaborative):
+    config = run_toy(tmp_path, collaborative=collaborative)
     items = np.load(config.folder("embeddings") / "items.npy")
     trained = pl.read_parquet(config.folder("catalog") / "items.parquet")["num_train"].to_numpy() > 0
     assert trained[:COLD_ITEM].all() and not trained[COLD_ITEM]
