@@ -318,6 +318,9 @@ class HeadConfig:
     "a learned vector an item beside the projection of its latents; zero for items that training does not see"
     residual_drop: float = field(default=0.0, metadata=IDENTITY_IF_SET)
     "share of items that go without it at a training step, so that their latents describe them alone, as they must new items"
+    new_item_bias: Literal["expected", "lowest"] = field(default="expected", metadata=IDENTITY_IF_SET)
+    "bias of items that training does not see: what the softmax expects of an item of unknown residual and bias, or the "
+    "lowest of all, which keeps them out of most lists"
     dropout: float = 0.2
     "dropout on item vectors that enter the LLM, and on the query"
 

@@ -5,6 +5,8 @@ LLM and is what the one-step prediction is compared with, so what training learn
 that training did not see has residual zero and is still described by its latents.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,9 @@ class ItemTable(nn.Module):
     """Vectors and biases of the catalogue.
 
     Items that training does not see, those whose `log_popularity` is -inf and every item_idx past the catalogue, have no
-    residual and the lowest bias of the others; in training they are nobody's negatives. `residual_drop` is the share of
-    items that must do without their residual at a training step, as such items must.
+    residual and the bias `new_item_bias`, the lowest of the others where it is None; in training they are nobody's
+    negatives. `residual_drop` is the share of items that must do without their residual at a training step, as such items
+    must.
     Shapes   latents: (n, K*Z) normalised, item_idx: (n,) -> vectors (n, Q), bias (n,)
     """
 
@@ -30,6 +33,7 @@ class ItemTable(nn.Module):
         )
         self.residual = nn.Embedding(num_items, query_dim) if residual else None
         self.residual_drop = residual_drop
+        self.new_item_bias: float | None = None
         self._lowest_bias: float | None = None
         self.bias = nn.Embedding(num_items, 1)
         self.register_buffer("trained", torch.isfinite(log_popularity))
@@ -60,8 +64,25 @@ class ItemTable(nn.Module):
             vectors = vectors + self.residual(rows) * trained[:, None]
         bias = self.bias(rows)[:, 0]
         if not trained.all():
-            bias = bias.where(trained, bias.new_tensor(self._find_lowest_bias()))
+            new = self._find_lowest_bias() if self.new_item_bias is None else self.new_item_bias
+            bias = bias.where(trained, bias.new_tensor(new))
         return vectors, bias
+
+    @torch.no_grad()
+    def expect_bias(self, queries: Tensor, max_items: int = 65_536) -> float:
+        """The bias that gives an item of unknown residual r and bias b the weight that the softmax expects of it.
+
+        mean over queries q of log mean over trained items i of exp(q . r_i + b_i); of more than `max_items` trained items
+        so many are taken, evenly. Shapes   queries (P, Q), P > 0
+        """
+        rows = self.trained.nonzero()[:, 0]
+        rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), max_items), dtype=torch.float64).long()]
+        bias = self.bias(rows)[:, 0].float()
+        expected = []
+        for chunk in queries.float().split(256):
+            weights = bias if self.residual is None else chunk @ self.residual(rows).float().T + bias
+            expected.append(torch.logsumexp(weights, dim=-1).expand(len(chunk)) - math.log(len(rows)))
+        return float(torch.cat(expected).mean())
 
     def _find_lowest_bias(self) -> float:
         """Of the items that training saw; once, until the table trains again."""

@@ -1,6 +1,6 @@
 """The exported model: a folder in Hugging Face style that loads without DeepSpeed.
 
-    config.json           what the model was built with, and the hashes of what it belongs to
+    config.json           what the model was built with, the hashes of what it belongs to, the bias of new items
     backbone/             the whole LLM (save_pretrained) and its text tokenizer; with adapters: the tokenizer alone
     adapter/              the LoRA adapter (only with adapters; the base is loaded from its own path)
     head.safetensors      continuous inputs, item table, diffusion head (moving average applied), latent statistics
@@ -127,6 +127,7 @@ def load_export(folder: str | Path, *, item_latents: Tensor | None = None):
         user_tokens=described["user_tokens"],
         fused_items=described.get("fused_items", False),  # an export of before
     )
+    model.items.new_item_bias = described.get("new_item_bias")
     missing, unexpected = model.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
     missing = [name for name in missing if not name.startswith(BACKBONE_PREFIX)]
     if missing or unexpected:

@@ -1,8 +1,7 @@
 """Items that join after training: read from a file, judged row by row, encoded with the trained parts.
 
 An item's text becomes its embedding (the collaborative part is the mean), the sigma-VAE makes its continuous tokens,
-and the model's item table its vector: a function of the tokens alone, with no residual and the lowest bias of the
-catalogue.
+and the model's item table its vector: a function of the tokens alone, with no residual and the bias of new items.
 
 Cost     the text encoder, the tokenizer and the item table are loaded; neither the LLM nor any known item is read.
 """
@@ -131,6 +130,7 @@ def load_item_table(model_folder: Path):
         log_popularity=torch.zeros(facts["num_items"]),
     )
     table.load_state_dict({name.removeprefix("items."): value for name, value in tensors.items()})
+    table.new_item_bias = facts.get("new_item_bias")
     table.eval()
 
     def describe(latents):

@@ -18,7 +18,7 @@ import torch
 from contrec_dist.config import Config
 from contrec_dist.data.batches import TrainingRows
 from contrec_dist.data.prompts import RESPONSE_TEXTS, PromptTexts
-from contrec_dist.manifest import IDENTITY_NAME, Manifest, run_stage
+from contrec_dist.manifest import IDENTITY_NAME, Manifest, run_stage, write_json
 from contrec_dist.model.backbone import load_text_tokenizer, train_text_tokenizer
 from contrec_dist.model.export import build_model, load_export, save_export
 from contrec_dist.training.abandoned_builds import releasing_abandoned_builds
@@ -227,16 +227,24 @@ def gather_state(model: torch.nn.Module, *, partitioned: bool) -> dict[str, torc
 
 
 def write_retrieval_inputs(config: Config, work: Path) -> None:
-    """item_vectors.npy (N, Q + 1), and probe_queries.npy: real queries on which the index measures its recall."""
+    """item_vectors.npy (N, Q + 1), and probe_queries.npy: real queries on which the index measures its recall.
+
+    The same queries decide the bias of items that training did not see, which joins the export's config.json.
+    """
     from contrec_dist.retrieval.user_views import UserViews
 
     latents = torch.from_numpy(np.load(config.folder("tokens") / "item_latents.npy"))
     model, tokenizer = load_export(work, item_latents=latents)
-    np.save(work / "item_vectors.npy", model.item_vectors().numpy())
     views = UserViews.open(config, model, tokenizer)
     users = np.linspace(0, views.num_users - 1, min(PROBE_QUERIES, views.num_users)).astype(np.int64)
     condition = views.read(users, "validation", reasoning=False).condition
-    np.save(work / "probe_queries.npy", views.queries(condition).numpy())
+    queries = views.queries(condition)
+    np.save(work / "probe_queries.npy", queries.numpy())
+    if config.head.new_item_bias == "expected" and model.items.trained.any():
+        model.items.new_item_bias = model.items.expect_bias(queries[:, :-1])
+        described = json.loads((work / "config.json").read_text())
+        write_json(work / "config.json", described | {"new_item_bias": model.items.new_item_bias})
+    np.save(work / "item_vectors.npy", model.item_vectors().numpy())
     gc.collect()
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from launched import file_hashes
 
 from contrec_dist.__main__ import STAGES
 from contrec_dist.config import Config
 from contrec_dist.manifest import Manifest
+from contrec_dist.model.export import load_export
 from contrec_dist.retrieval.recommendations import SCHEMA
 
 pytestmark = pytest.mark.timeout(900)
@@ -45,6 +47,17 @@ def test_metrics_have_the_keys_that_others_read(run):
         assert names <= block.keys() and all(0 <= block[name] <= 1 for name in names)
     assert set(metrics["seconds"]) == set(STAGES)
     assert (run.folder("report") / "report.html").stat().st_size > 10_000
+
+
+def test_items_that_training_did_not_see_have_the_bias_that_the_softmax_expects(run):
+    folder = run.folder("model")
+    described, vectors = json.loads((folder / "config.json").read_text()), np.load(folder / "item_vectors.npy")
+    model, _ = load_export(folder)
+    queries = torch.from_numpy(np.load(folder / "probe_queries.npy"))
+    assert described["new_item_bias"] == pytest.approx(model.items.expect_bias(queries[:, :-1]), rel=1e-6)
+    trained = model.items.trained.numpy()
+    assert (vectors[~trained, -1] == np.float32(described["new_item_bias"])).all()
+    assert vectors[trained, -1].min() < described["new_item_bias"] < vectors[trained, -1].max()
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

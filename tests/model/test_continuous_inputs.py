@@ -42,6 +42,26 @@ def test_an_item_that_joins_later_has_no_residual_and_the_lowest_bias():
     assert bias[1:].tolist() == [-2.0, -2.0]
 
 
+def test_an_item_that_joins_later_has_the_bias_that_was_set():
+    table = make_table(unseen=[4]).eval()
+    table.new_item_bias = -0.5
+    assert table(torch.randn(3, K * Z), torch.tensor([4, 8, N]))[1].tolist() == [-0.5, 0.0, -0.5]
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_the_expected_bias_by_hand(residual):
+    table, queries = make_table(residual=residual, unseen=[0, 4]), torch.randn(5, Q)
+    if residual:
+        torch.nn.init.normal_(table.residual.weight)
+    trained, means = [1, 2, 3, 5, 6, 7, 8], []
+    for query in queries:
+        products = table.residual.weight[trained] @ query if residual else torch.zeros(len(trained))
+        means.append((products + torch.linspace(-2, 0, N)[trained]).exp().mean().log())
+    assert table.expect_bias(queries) == pytest.approx(float(sum(means) / 5), rel=1e-5)
+    first = -1.75 + (float((queries @ table.residual.weight[1]).mean()) if residual else 0.0)
+    assert table.expect_bias(queries, max_items=1) == pytest.approx(first, rel=1e-5)
+
+
 def test_an_item_that_training_does_not_see_is_described_as_one_that_joins_later():
     table, latents = make_table(unseen=[0, 4]), torch.randn(4, K * Z)
     rows = torch.tensor([0, 1, 4, N])

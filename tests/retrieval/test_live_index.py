@@ -27,6 +27,9 @@ from sharding import faiss_versions
 from sharding.faiss_versions import CURRENT_NAME, VersionStore
 
 
+NEW_ITEM_BIAS = -0.375
+
+
 def write_model(config: Config, seed: int) -> None:
     """model/ as stage train leaves it, of a model that has not been trained."""
 
@@ -42,7 +45,8 @@ def write_model(config: Config, seed: int) -> None:
             config, vocab_size=len(tokenizer), item_latents=latents, num_items=len(latents), latent_mean=mean,
             latent_std=std, log_popularity=torch.linspace(-1, 0, len(latents)), latent_noise=0.1,
         )  # fmt: skip
-        save_export(model, {name: value.clone() for name, value in model.state_dict().items()}, tokenizer, work, {})
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        save_export(model, state, tokenizer, work, {"new_item_bias": NEW_ITEM_BIAS})
         np.save(work / "item_vectors.npy", model.item_vectors().numpy())
         return {"seed": seed}
 
@@ -150,6 +154,7 @@ def test_a_new_item_gets_the_vector_that_the_model_gives_an_unseen_item(config):
         latents = model.normalise(torch.from_numpy(encoded.latents)).flatten(1)
         vectors, bias = model.items(latents, torch.tensor([model.num_items, model.num_items + 1]))
     np.testing.assert_allclose(encoded.vectors, torch.cat([vectors, bias[:, None]], 1).numpy(), rtol=1e-6)
+    assert bias.tolist() == [NEW_ITEM_BIAS, NEW_ITEM_BIAS]
     assert np.array_equal(encoded.embeddings[:, :16], np.zeros((2, 16)))  # the collaborative part: the mean
 
 
