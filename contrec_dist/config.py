@@ -116,10 +116,11 @@ class SplitConfig:
 class EmbedConfig:
     """Item and user embeddings: collaborative (training edges only) joined with text."""
 
-    collaborative: Literal["lightgcn", "sequential", "none"] = "lightgcn"
-    "'lightgcn': who met what; 'sequential': what stands near what in a history, factorised (embeddings/sequential.py)"
+    collaborative: Literal["lightgcn", "sequential", "sasrec", "none"] = "lightgcn"
+    "'lightgcn': who met what; 'sequential': what stands near what in a history, factorised (embeddings/sequential.py); "
+    "'sasrec': the item vectors of a SASRec that is trained first, section sasrec (embeddings/distilled.py)"
     collaborative_dim: int = 64
-    "width of the collaborative embedding"
+    "width of the collaborative embedding (sasrec: sasrec.hidden_size)"
     sequential_window: int = field(default=5, metadata=IDENTITY_IF_SET)
     "places of a history that two items may be apart to count as near (collaborative: sequential)"
     num_layers: int = 2

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array
 
 from contrec_dist.config import EmbedConfig
+from contrec_dist.data.catalog import Histories
 from contrec_dist.errors import DataError
 from contrec_dist.progress import track
 
@@ -27,14 +29,22 @@ INITIAL_STD = 0.1
 
 @dataclass(kw_only=True)
 class CollaborativeEmbedding:
-    """What LightGCN learned: rows of unknown nodes are zero."""
+    """What was learned of training interactions: rows of unknown users and items are zero."""
 
     users: np.ndarray
     "(num_users, dim) float32"
     items: np.ndarray
     "(num_items, dim) float32"
     losses: list[float]
-    "mean BPR loss of every epoch, nats"
+    "mean loss of every epoch, nats (LightGCN: BPR, sasrec: cross-entropy); empty where nothing is trained"
+
+
+def average_items(histories: Histories, items: np.ndarray) -> np.ndarray:
+    """Mean vector of every user's training items, zeros without any. Shapes   (N, dim) -> (U, dim) float32"""
+    users, edges = histories.training_edges()
+    counts = np.bincount(users, minlength=histories.num_users)
+    shape = (histories.num_users, len(items))
+    return csr_array((np.float32(1) / counts[users].astype(np.float32), (users, edges)), shape=shape) @ items
 
 
 class _SymmetricProduct(torch.autograd.Function):

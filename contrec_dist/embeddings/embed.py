@@ -1,13 +1,14 @@
 """Stage embed: catalog -> embeddings/.
 
-An item's embedding is its collaborative part (LightGCN or sequential, training interactions only) beside its text part
+An item's embedding is its collaborative part (training interactions only; embed.collaborative) beside its text part
 (title, category, brand, text); a user's is the collaborative part alone. Every part is standardised with the statistics of the rows that
 have training interactions: zero mean in every dimension, unit mean variance over the part, so neither outweighs the
 other. An item without training interactions has a collaborative part of zeros, the mean, and its text as any other.
 
 Writes       items.npy, users.npy, user_known.npy, layout.json, standardisation.safetensors, text_encoder/
-Guarantees   validation and test interactions influence nothing that is written; the same inputs give the same bytes.
-Cost         see collaborative.py and textual.py. Memory: the item table as strings (200 bytes an item), the
+Guarantees   validation and test interactions influence nothing that is written, but that the SASRec of 'sasrec' stops training by
+             its ranking of validation items; the same inputs give the same bytes (sasrec: with one number of threads).
+Cost         see collaborative.py, distilled.py and textual.py. Memory: the item table as strings (200 bytes an item), the
              collaborative tables, and CHUNK_ITEMS texts at a time; text vectors go through a file.
 """
 
@@ -19,10 +20,12 @@ import numpy as np
 import polars as pl
 from safetensors.numpy import load_file, save_file
 
+from contrec_dist.baselines.sasrec.baseline import SECTIONS as SASREC_SECTIONS, settings as sasrec_settings
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import HISTORIES_FILE, Histories, load_items
 from contrec_dist.errors import ArtifactError, ConfigError
-from contrec_dist.embeddings.collaborative import fit_lightgcn
+from contrec_dist.embeddings.collaborative import CollaborativeEmbedding, fit_lightgcn
+from contrec_dist.embeddings.distilled import fit_distilled
 from contrec_dist.embeddings.sequential import fit_sequential
 from contrec_dist.embeddings.textual import TextEncoder, join_item_text
 from contrec_dist.manifest import Manifest, hash_file, hash_json, run_stage, write_json
@@ -66,9 +69,11 @@ class Standardisation:
 
 def run(config: Config) -> Manifest:
     """Run the stage; see the module."""
-    identity = {"text_model": hash_model(config.embed.text_model)}
+    identity, sections = {"text_model": hash_model(config.embed.text_model)}, ("embed",)
+    if config.embed.collaborative == "sasrec":
+        identity, sections = identity | sasrec_settings(config), ("embed", *SASREC_SECTIONS)
     return run_stage(
-        config, stage="embed", folder="embeddings", sections=("embed",), inputs=("catalog",), build=_build, extra_identity=identity
+        config, stage="embed", folder="embeddings", sections=sections, inputs=("catalog",), build=_build, extra_identity=identity
     )
 
 
@@ -105,13 +110,14 @@ def hash_model(text_model: str) -> str:
 def _build(config: Config, work_dir: Path) -> dict:
     items, user_known = load_items(config.folder("catalog")), _read_known_users(config.folder("catalog"))
     item_known = items["num_train"].to_numpy() > 0
-    num_edges = int(items["num_train"].sum())
-    item_part, user_part, losses = _embed_edges(config, len(user_known), len(items))
     text = _embed_text(items, config, work_dir)
+    text_of = Standardisation.fit(text, item_known)
+    learned = _embed_interactions(config, len(user_known), items["num_train"].to_numpy(), text, text_of)
+    item_part, user_part = learned.items, learned.users
     width = item_part.shape[1] + text.shape[1]
     if width == 0:
         raise ConfigError("embed", "no collaborative part and text_dim 0", "at least one of the two")
-    collaborative_of, text_of = Standardisation.fit(item_part, item_known), Standardisation.fit(text, item_known)
+    collaborative_of = Standardisation.fit(item_part, item_known)
     chunks = _join_parts(item_part, text, item_known, collaborative_of, text_of)
     _write_rows(work_dir / "items.npy", (len(items), width), chunks)
     (work_dir / RAW_TEXT_NAME).unlink()
@@ -122,10 +128,10 @@ def _build(config: Config, work_dir: Path) -> dict:
     return {
         "collaborative_dim": item_part.shape[1],
         "text_dim": text.shape[1],
-        "training_edges": num_edges,
+        "training_edges": int(items["num_train"].sum()),
         "items_without_training": int((~item_known).sum()),
         "users_without_training": int((~user_known).sum()),
-        "bpr_loss": [round(loss, 6) for loss in losses],
+        "losses": [round(loss, 6) for loss in learned.losses],
         "files": {"items.npy": {"shape": [len(items), width], "dtype": "float32"}, **shapes},
     }
 
@@ -160,18 +166,24 @@ def _write_rows(path: Path, shape: tuple[int, int], chunks: Iterator[np.ndarray]
             chunk.tofile(file)
 
 
-def _embed_edges(config: Config, num_users: int, num_items: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Collaborative embeddings of items and users, of width 0 where they are switched off, and the losses."""
+def _embed_interactions(
+    config: Config, num_users: int, num_train: np.ndarray, text: np.ndarray, text_of: Standardisation
+) -> CollaborativeEmbedding:
+    """The collaborative parts, of width 0 where they are switched off. Shapes   num_train (N,) int64, text (N, E) raw"""
+    num_items = len(num_train)
     if config.embed.collaborative == "none":
-        return np.zeros((num_items, 0), np.float32), np.zeros((num_users, 0), np.float32), []
+        return CollaborativeEmbedding(
+            users=np.zeros((num_users, 0), np.float32), items=np.zeros((num_items, 0), np.float32), losses=[]
+        )
     histories = Histories.load(config.folder("catalog"))
     if config.embed.collaborative == "sequential":
-        learned = fit_sequential(histories, num_items, config.embed, config.seed)
-        return learned.items, learned.users, learned.losses
+        return fit_sequential(histories, num_items, config.embed, config.seed)
+    if config.embed.collaborative == "sasrec":
+        return fit_distilled(histories, num_train, text_of.apply(text) if text.shape[1] else None, config)
     edges = np.stack(histories.training_edges(), axis=1).astype(np.int64)  # (M, 2)
     learned = fit_lightgcn(edges, num_users, num_items, config.embed, config.seed)
     get_logger("embed").info("LightGCN: %d edges, loss %.4f -> %.4f", len(edges), learned.losses[0], learned.losses[-1])
-    return learned.items, learned.users, learned.losses
+    return learned
 
 
 class ItemTexts(Sequence):

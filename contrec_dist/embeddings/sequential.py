@@ -18,7 +18,7 @@ from sklearn.decomposition import TruncatedSVD
 from contrec_dist.config import EmbedConfig
 from contrec_dist.data.catalog import Histories
 from contrec_dist.data.pairs import count_pairs
-from contrec_dist.embeddings.collaborative import CollaborativeEmbedding
+from contrec_dist.embeddings.collaborative import CollaborativeEmbedding, average_items
 from contrec_dist.errors import DataError
 
 SMOOTHING = 0.75
@@ -34,7 +34,7 @@ def fit_sequential(histories: Histories, num_items: int, config: EmbedConfig, se
     if not pairs.nnz:
         raise DataError("training histories", "none with two items", "at least one; or another embed.collaborative")
     items = factorise(compute_information((pairs + pairs.T).tocoo()), config.collaborative_dim, seed)
-    return CollaborativeEmbedding(users=_average(histories, items), items=items, losses=[])
+    return CollaborativeEmbedding(users=average_items(histories, items), items=items, losses=[])
 
 
 def compute_information(counts: coo_array) -> csr_array:
@@ -57,11 +57,3 @@ def factorise(matrix: csr_array, dim: int, seed: int) -> np.ndarray:
     solid = sizes > sizes[0] * np.finfo(np.float32).eps * len(vectors)
     vectors[:, :rank][:, solid] = scaled[:, solid] / np.sqrt(sizes[solid])
     return vectors
-
-
-def _average(histories: Histories, items: np.ndarray) -> np.ndarray:
-    """Mean vector of every user's training items, zeros without any. Shapes   (N, dim) -> (U, dim) float32"""
-    users, edges = histories.training_edges()
-    counts = np.bincount(users, minlength=histories.num_users)
-    shape = (histories.num_users, len(items))
-    return csr_array((np.float32(1) / counts[users].astype(np.float32), (users, edges)), shape=shape) @ items
