@@ -1,4 +1,4 @@
-"""What the rows of an ablation measure: HR@10 and NDCG@10 of their lists, and how sure their difference to the base is.
+"""What the rows of an ablation measure: HR@10, NDCG@10 and diversity of their lists, and how sure their difference to the base is.
 
 Seen items masked, every user with a held-out item counts, as in the stage evaluate. Intervals are percentile bootstraps over
 users; a difference is resampled in pairs, the same users on both sides, which is what makes small ones visible.
@@ -14,6 +14,7 @@ from contrec_dist.ablation.rows import BASE_ROW, NEEDED_CUT, AblationRow
 from contrec_dist.ablation.sharing import fits
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import Histories, Part, load_items, load_users
+from contrec_dist.embeddings.layout import read_text_part
 from contrec_dist.manifest import MANIFEST_NAME, WRITTEN_BY, Manifest
 from contrec_dist.report.evaluate import Held
 from contrec_dist.report.lists import list_matrix, load_lists
@@ -36,8 +37,8 @@ class Judged:
     values: dict[str, np.ndarray]
 
 
-def judge_lists(config: Config, part: Part) -> Judged:
-    """Figures of a run's lists.
+def judge_lists(config: Config, part: Part, text: np.ndarray | None = None) -> Judged:
+    """Figures of a run's lists; diversity where there are text vectors (N, E) of its catalogue's items.
 
     Errors   ArtifactError for lists that are missing or of another catalogue
     """
@@ -45,12 +46,16 @@ def judge_lists(config: Config, part: Part) -> Judged:
     items, users = load_items(catalog), load_users(catalog)
     held = Held.load(Histories.load(catalog), part)
     frame = load_lists(config.folder("recommendations"), part, "masked", users, items)
-    ranks = m.rank_targets(list_matrix(frame, held.users, NEEDED_CUT), held.targets)
+    lists = list_matrix(frame, held.users, NEEDED_CUT)
+    ranks = m.rank_targets(lists, held.targets)
     hits, gains = m.hits_at(ranks, NEEDED_CUT), m.gains_at(ranks, NEEDED_CUT)
+    values = {f"hr@{NEEDED_CUT}": hits, f"ndcg@{NEEDED_CUT}": gains}
+    if text is not None:
+        values[f"diversity@{NEEDED_CUT}"] = m.diversity_at(lists, text, NEEDED_CUT)
     return Judged(
         users=users["user_id"].gather(held.users).to_list(),
         targets=items["item_id"].gather(held.targets).to_list(),
-        values={f"hr@{NEEDED_CUT}": hits, f"ndcg@{NEEDED_CUT}": gains},
+        values=values,
     )
 
 
@@ -59,7 +64,7 @@ def describe_figures(own: Judged, base: Judged | None, seed: int) -> dict:
     comparable = base is not None and (own.users, own.targets) == (base.users, base.targets)
     figures = {}
     for name, values in own.values.items():
-        difference = _mean_with_interval(values - base.values[name], seed) if comparable else None
+        difference = _mean_with_interval(values - base.values[name], seed) if comparable and name in base.values else None
         figures[name] = {**_mean_with_interval(values, seed), "difference": difference}
     return {"num_users": len(own.users), **figures}
 
@@ -76,7 +81,8 @@ def collect_rows(
     """A record a row, in their order: what it changes, whether it is done, its figures, seconds, and what others built."""
     parts: list[Part] = ["validation", "test"] if with_test else ["validation"]
     done = [row for row in rows if row.name not in errors and is_complete(row.config)]
-    bases = {part: judge_lists(row.config, part) for row in done if row.name == BASE_ROW for part in parts}
+    text = _read_text(base_run, done)
+    bases = {part: judge_lists(row.config, part, text) for row in done if row.name == BASE_ROW for part in parts}
     records = []
     for row in rows:
         record = {"row": row.name, "about": row.about, "change": row.change, "rank_by": row.config.score.rank_by}
@@ -84,10 +90,19 @@ def collect_rows(
         record |= {"error": errors[row.name]} if row.name in errors else {}
         if row in done:
             for part in parts:
-                record[part] = describe_figures(judge_lists(row.config, part), bases.get(part), row.config.seed)
+                record[part] = describe_figures(judge_lists(row.config, part, text), bases.get(part), row.config.seed)
             record |= _describe_cost(row, rows, base_run)
         records.append(record)
     return records
+
+
+def _read_text(base_run: Config, done: Sequence[AblationRow]) -> np.ndarray | None:
+    """The same text vectors for all rows, whatever they read: the base's, else of the first row that has some."""
+    folders = [row.config.folder("embeddings") for row in sorted(done, key=lambda row: row.name != BASE_ROW)]
+    for folder in [base_run.folder("embeddings"), *folders]:
+        if (folder / MANIFEST_NAME).is_file() and (text := read_text_part(folder)) is not None:
+            return text
+    return None
 
 
 def is_complete(config: Config) -> bool:

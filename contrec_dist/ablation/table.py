@@ -13,11 +13,12 @@ from contrec_dist.report.tables import format_metric, metric_label
 
 JSON_NAME, MARKDOWN_NAME = "ablation.json", "ablation.md"
 PLAIN = {"soft_wrap": True, "markup": False, "highlight": False}
-FIGURES = ("hr@10", "ndcg@10")
+FIGURES = ("hr@10", "ndcg@10", "diversity@10")
 NO_FIGURE = "–"
 LEGEND = (
     f"Seen items masked, full catalogue. In brackets {LEVEL:.0%} bootstrap intervals over users; differences to the base are "
-    "paired. Seconds in parentheses: built by another row or the base's run. Of a stage that was resumed the last part counts."
+    "paired. Diversity: mean of 1 - cosine of the texts of a list's first ten, pair by pair. Seconds in parentheses: built by another "
+    "row or the base's run. Of a stage that was resumed the last part counts."
 )
 
 
@@ -55,8 +56,13 @@ def _parts(records: Sequence[dict]) -> list[str]:
     return [part for part in ("validation", "test") if part == "validation" or any(part in record for record in records)]
 
 
+def _figures(records: Sequence[dict]) -> list[str]:
+    """Figures that at least one record has."""
+    return [name for name in FIGURES if any(name in record.get("validation", {}) for record in records)]
+
+
 def _heads(records: Sequence[dict]) -> list[str]:
-    figures = [head for part in _parts(records) for name in FIGURES for head in (f"{metric_label(name)} {part}", "to base")]
+    figures = [head for part in _parts(records) for name in _figures(records) for head in (f"{metric_label(name)} {part}", "to base")]
     return ["ranked by", *figures, *(f"{stage} s" for stage in TIMED)]
 
 
@@ -67,7 +73,10 @@ def _cells(record: dict, records: Sequence[dict]) -> list[str]:
         return [record["row"], record["rank_by"], record["status"], *[NO_FIGURE] * (width - 1)]
     cells = [record["row"], record["rank_by"]]
     for part in _parts(records):
-        for name in FIGURES:
+        for name in _figures(records):
+            if name not in record[part]:
+                cells += [NO_FIGURE, NO_FIGURE]
+                continue
             figure = record[part][name]
             cells += [f"{format_metric(figure['value'])} {_interval(figure)}", _difference(record, figure["difference"])]
     for stage, folder in TIMED.items():

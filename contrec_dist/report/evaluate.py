@@ -22,6 +22,7 @@ from contrec_dist.baselines.stage import find_finished
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import Histories, Part, load_items, load_users
 from contrec_dist.data.sources.generated import oracle_recommendations
+from contrec_dist.embeddings.layout import read_text_part
 from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.manifest import MANIFEST_NAME, Manifest, run_stage, write_atomically, write_json
 from contrec_dist.progress import get_logger
@@ -71,7 +72,7 @@ def run(config: Config) -> Manifest:
         folder="report",
         sections=("evaluate",),
         inputs=(
-            "catalog", "tokenizer", "model", "index", "recommendations", *map(baseline_folder, find_finished(config))
+            "catalog", "embeddings", "tokenizer", "model", "index", "recommendations", *map(baseline_folder, find_finished(config))
         ),
         build=_build,
     )
@@ -94,12 +95,13 @@ def _build(config: Config, work: Path) -> dict:
         "num_users": len(held["test"].users),
         "num_items": len(items),
     }
+    text = read_text_part(config.folder("embeddings"))
     for block, (part, _) in BLOCKS.items():
-        metrics[block] = m.summarize_lists(lists[block], held[part].targets, len(items), ks)
+        metrics[block] = m.summarize_lists(lists[block], held[part].targets, len(items), ks, text)
     baselines = {seen: _baseline_lists(config, users, items, held["test"], length, seen) for seen in ("masked", "kept")}
     for key, seen in (("baselines", "masked"), ("baselines_unmasked", "kept")):
         found = baselines[seen].items()
-        metrics[key] = {name: m.summarize_lists(rows, held["test"].targets, len(items), ks) for name, rows in found}
+        metrics[key] = {name: m.summarize_lists(rows, held["test"].targets, len(items), ks, text) for name, rows in found}
     metrics |= _slices_and_intervals(config, lists["test"], held["test"], num_train)
     metrics["baseline_slices"] = {name: _slices(config, rows, held["test"], num_train) for name, rows in baselines["masked"].items()}
     metrics["lead_intervals"] = {name: _lead(config, lists["test"], rows, held["test"]) for name, rows in baselines["masked"].items()}

@@ -41,8 +41,8 @@ def is_better(key: str, value: float, others: list[float]) -> bool:
 
 
 def sort_metrics(values: dict) -> list[str]:
-    """Metric names in reading order: hr by cut-off, ndcg by cut-off, mrr, coverage, gini."""
-    names = ("hr", "ndcg", "mrr", "coverage", "gini")
+    """Metric names in reading order: hr by cut-off, ndcg by cut-off, mrr, coverage, gini, diversity."""
+    names = ("hr", "ndcg", "mrr", "coverage", "gini", "diversity")
     return sorted(values, key=lambda key: (names.index(key.partition("@")[0]), int(key.partition("@")[2] or 0)))
 
 

@@ -13,6 +13,7 @@ from contrec_dist.baselines.stage import find_finished, run_baseline
 from contrec_dist.baselines.tiger.baseline import load_recommender
 from contrec_dist.baselines.views import recommend_views
 from contrec_dist.data.catalog import Histories
+from contrec_dist.embeddings.layout import read_text_part
 from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.report import evaluate
 from contrec_dist.report.lists import list_matrix, load_lists
@@ -93,7 +94,8 @@ def test_evaluate_takes_finished_baselines_in(finished):
     targets = histories.targets(histories.users_with("test"), "test")
     for block, seen in (("baselines", "masked"), ("baselines_unmasked", "kept")):
         assert set(metrics[block]) == {"popularity", "tiger"}
-        assert metrics[block]["tiger"] == summarize_lists(load_matrix(config, "tiger", "test", seen), targets, 60, [5, 10, 20])
+        lists = load_matrix(config, "tiger", "test", seen)
+        assert metrics[block]["tiger"] == summarize_lists(lists, targets, 60, [5, 10, 20], read_text_part(config.folder("embeddings")))
     assert "tiger" in (config.folder("report") / "report.html").read_text()
 
 

@@ -78,6 +78,13 @@ def write_probes(work):
     write_json(work / "probes.json", {"methods": methods, "latent_spectrum": [3.0, 2.0, 1.0, 0.5, 0.0], "num_rows": 58})
 
 
+def write_embeddings(work):
+    """Two collaborative columns, which are zero, and three of text."""
+    text = np.random.default_rng(0).normal(size=(NUM_ITEMS, 3))
+    np.save(work / "items.npy", np.concatenate([np.zeros((NUM_ITEMS, 2)), text], axis=1).astype(np.float32))
+    write_json(work / "layout.json", {"collaborative": [0, 2], "text": [2, 5]})
+
+
 def write_run(config, *, item_ids=None, titles=None, histories=None, leak=False):
     """Every folder that `evaluate` reads, each with its manifest."""
     histories = histories or make_histories()
@@ -85,7 +92,7 @@ def write_run(config, *, item_ids=None, titles=None, histories=None, leak=False)
     titles = titles or [f"Title {item} & <co>" for item in range(NUM_ITEMS)]
     writers = {
         "prepare": ("catalog", lambda work: write_catalog(work, histories, item_ids, titles)),
-        "embed": ("embeddings", lambda work: None),
+        "embed": ("embeddings", write_embeddings),
         "tokenize": ("tokenizer", write_probes),
         "precompute": ("tokens", lambda work: None),
         "train": ("model", write_losses),

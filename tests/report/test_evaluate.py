@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from contrec_dist.config import load_config
+from contrec_dist.data.catalog import load_items, load_users
 from contrec_dist.data.sources.generated import GeneratedCatalogue
 from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.manifest import Manifest
@@ -29,7 +30,7 @@ TOP_KEYS = {
     "dataset", "split", "num_users", "num_items", "test", "validation", "test_unmasked", "validation_unmasked",
     "slices", "intervals", "baselines", "baselines_unmasked", "baseline_slices", "lead_intervals", "seconds",
 }  # fmt: skip
-METRIC_KEYS = {"hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10", "gini@10"}
+METRIC_KEYS = {"hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10", "gini@10", "diversity@10"}
 RANKS = [user % 25 if user % 25 <= 20 and user != 84 else 0 for user in range(artifacts.FIRST_TARGETLESS_USER)]
 
 
@@ -71,6 +72,19 @@ def test_figures_equal_those_worked_out_by_hand(finished):
     assert metrics["test"]["mrr"] == pytest.approx(sum(1 / rank for rank in RANKS if rank) / 85)
     low, high = metrics["intervals"]["hr@10"]
     assert low < metrics["test"]["hr@10"] < high and metrics["intervals"]["level"] == 0.95
+
+
+def test_diversity_is_that_of_the_texts_alone(finished):
+    config, _, metrics, _ = finished
+    text = np.load(config.folder("embeddings") / "items.npy")[:, 2:]
+    unit = text / np.linalg.norm(text, axis=1, keepdims=True)
+    frame = load_lists(
+        config.folder("recommendations"), "test", "masked", load_users(config.folder("catalog")), load_items(config.folder("catalog"))
+    )
+    lists = frame.filter(pl.col("rank") <= 10).group_by("user_idx").agg("item_idx")["item_idx"].to_list()
+    pairs = [[1 - float(unit[a] @ unit[b]) for a in items for b in items if a != b] for items in lists]
+    expected = sum(sum(row) / len(row) for row in pairs if row) / metrics["num_users"]
+    assert metrics["test"]["diversity@10"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_slices_count_every_user_once(finished):

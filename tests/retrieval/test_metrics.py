@@ -87,3 +87,22 @@ def test_no_users_and_too_short_lists_are_refused():
         metrics.summarize_lists(np.zeros((0, 5), np.int64), np.zeros(0, np.int64), 5, [5])
     with pytest.raises(DataError, match="evaluate.ks.*20.*at most 5"):
         metrics.summarize_lists(np.zeros((1, 5), np.int64), np.zeros(1, np.int64), 5, [5, 20])
+
+
+def test_diversity_is_the_mean_distance_of_all_pairs_by_hand():
+    vectors = np.array([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, 0.0]])
+    lists = np.array([[0, 1, 2], [0, 0, -1], [0, 3, -1], [1, -1, -1], [-1, -1, -1], [0, 2, 1]])
+    got = metrics.diversity_at(lists, vectors, 3)
+    np.testing.assert_allclose(got, [1 - (0 - 1 + 0) / 3, 0.0, 1.0, 0.0, 0.0, 4 / 3], atol=1e-12)
+    np.testing.assert_allclose(metrics.diversity_at(lists, vectors, 2), [1.0, 0.0, 1.0, 0.0, 0.0, 2.0], atol=1e-12)
+
+
+def test_diversity_equals_the_pairs_counted_one_by_one_across_chunks(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK_LISTS", 3)
+    draw = np.random.default_rng(0)
+    vectors, lists = draw.normal(size=(20, 5)), np.stack([draw.permutation(20)[:6] for _ in range(8)])
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = [np.mean([1 - unit[a] @ unit[b] for a in row[:4] for b in row[:4] if a != b]) for row in lists]
+    np.testing.assert_allclose(metrics.diversity_at(lists, vectors, 4), expected, atol=1e-12)
+    summary = metrics.summarize_lists(lists, lists[:, 0], 20, [5], vectors)
+    assert summary["diversity@10"] == pytest.approx(float(metrics.diversity_at(lists, vectors, 10).mean()))

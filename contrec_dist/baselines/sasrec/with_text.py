@@ -3,7 +3,6 @@
 Writes   sasrec.safetensors beside the lists
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from contrec_dist.baselines.sasrec import baseline
 from contrec_dist.baselines.sasrec.recommender import SasRecRecommender
 from contrec_dist.config import Config
+from contrec_dist.embeddings.layout import read_text_part
 from contrec_dist.errors import ArtifactError
 
 SECTIONS, INPUTS = baseline.SECTIONS, ("embeddings",)
@@ -30,7 +30,7 @@ def load_recommender(config: Config, folder: Path) -> SasRecRecommender:
 def load_text_vectors(config: Config) -> np.ndarray:
     """The text part of the item embeddings. -> (N, E) float32. Errors   ArtifactError where they have none"""
     folder = config.folder("embeddings")
-    start, stop = json.loads((folder / "layout.json").read_text())["text"]
-    if start == stop:
+    text = read_text_part(folder)
+    if text is None:
         raise ArtifactError(folder / "layout.json", "no text columns", "some; `contrec embed` with embed.text_dim above 0")
-    return np.ascontiguousarray(np.load(folder / "items.npy", mmap_mode="r")[:, start:stop], dtype=np.float32)
+    return np.ascontiguousarray(text, dtype=np.float32)
