@@ -34,6 +34,7 @@ STYLE = {
     "grid.color": GRID,
     "legend.frameon": False,
 }
+LEGEND_COLUMNS = 4  # more names take another line
 LOSS_TITLES = {
     "loss": "weighted sum",
     "negative": "catalogue cross-entropy (nats)",
@@ -114,7 +115,7 @@ def plot_buckets(rates: dict[str, list[dict]]) -> str:
         axes.set_ylabel("HR@10")
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        axes.legend(loc="upper left", ncols=len(rates))
+        axes.legend(loc="upper left", ncols=min(len(rates), LEGEND_COLUMNS))
         return _to_svg(figure, "HR@10 by popularity of the held-out item")
 
 
