@@ -315,6 +315,9 @@ class HeadConfig:
     "decay of the head's moving average a step (warmed up); 0: off"
     query_dim: int = 128
     "Q: width of the item vectors that the one-step prediction is compared with"
+    latents: Literal["frozen", "trained"] = field(default="frozen", metadata=IDENTITY_IF_SET)
+    "'frozen': the tokenizer's, as precomputed; 'trained': end to end, every item's are turned by the gradients of what reads them, the "
+    "denoising loss left out, which would draw them together"
     item_residual: bool = True
     "a learned vector an item beside the projection of its latents; zero for items that training does not see"
     residual_drop: float = field(default=0.0, metadata=IDENTITY_IF_SET)

@@ -95,6 +95,26 @@ class ItemTable(nn.Module):
         return super().train(mode)
 
 
+class TurnedLatents(nn.Module):
+    """Latents that training goes on with after the tokenizer: z -> (z + shift) at the length of z.
+
+    The shift of an item that training does not see stays zero. Lengths are kept so that the latents stay at the scale which the
+    noise schedule is made for.
+    Shapes   latents (n, K, Z) normalised, item_idx (n,) -> (n, K, Z)
+    """
+
+    def __init__(self, *, num_items: int, latent_width: int):
+        super().__init__()
+        self.shift = nn.Embedding(num_items, latent_width)
+        nn.init.zeros_(self.shift.weight)
+
+    def forward(self, latents: Tensor, item_idx: Tensor) -> Tensor:
+        flat = latents.flatten(1)
+        turned = flat + self.shift(item_idx)
+        lengths, now = (torch.linalg.vector_norm(one, dim=1, keepdim=True) for one in (flat, turned))
+        return (turned * (lengths / now.clamp(min=1e-6))).view_as(latents)
+
+
 class ContinuousInputs(nn.Module):
     """Projects latents and item vectors to the width of the LLM.
 

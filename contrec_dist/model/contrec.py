@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from contrec_dist.config import BackboneConfig, HeadConfig, LossConfig
 from contrec_dist.data.packed_batch import PackedBatch
 from contrec_dist.model.backbone import causal_lm, has_fast_bf16
-from contrec_dist.model.continuous_inputs import MARKER_ITEM, MARKER_USER, ContinuousInputs, ItemTable
+from contrec_dist.model.continuous_inputs import MARKER_ITEM, MARKER_USER, ContinuousInputs, ItemTable, TurnedLatents
 from contrec_dist.model.diffusion_head import DiffusionHead, HeadAverage
 from contrec_dist.model.losses import catalogue_cross_entropy, sampled_cross_entropy, token_cross_entropy
 from contrec_dist.model.packed_attention import PACKED, PackedSpans
@@ -26,7 +26,8 @@ class ContRec(nn.Module):
     """An LLM that reads continuous tokens and a diffusion head that generates them.
 
     `item_latents` (N, K, Z) are the catalogue's raw latents: a plain tensor, not trained, not saved with the weights and
-    not needed (None) to read histories, which bring their own latents.
+    not needed (None) to read histories, which bring their own latents. With `head.latents: trained` a learned shift an item turns
+    them in training; an export holds the turned ones, and its model takes latents as they come.
     `latent_mean`, `latent_std` (K, Z) normalise all latents to unit variance.
     `fused_items`: an item is one position of the LLM (prompt.item_layout).
     """
@@ -72,6 +73,7 @@ class ContRec(nn.Module):
             residual_drop=head.residual_drop,
             log_popularity=log_popularity,
         )
+        self.turned = TurnedLatents(num_items=num_items, latent_width=num_tokens * latent_dim) if head.latents == "trained" else None
         self.head = DiffusionHead(head, condition_width=width, latent_width=num_tokens * latent_dim)
         self.average = HeadAverage(dict(self.head.named_parameters()), head.ema_decay) if head.ema_decay else None
 
@@ -98,8 +100,8 @@ class ContRec(nn.Module):
         torch.manual_seed(seed)
         generator = torch.Generator(device).manual_seed(seed)
         with self.autocast(device):
-            latents = self.normalise(batch.latents)
-            target_latents = self.normalise(batch.target_latents)
+            latents = self._turn(self.normalise(batch.latents), batch.item_idx)
+            target_latents = self._turn(self.normalise(batch.target_latents), batch.target_idx).detach()
             table = self._training_table(batch, generator)
             noisy = self._add_latent_noise(latents, generator)
             hidden = self._encode_rows(batch, noisy, table.vectors[table.input_rows])
@@ -129,7 +131,7 @@ class ContRec(nn.Module):
         )
         wanted = torch.cat([batch.item_idx, batch.target_idx, negatives])
         rows, place = torch.unique(wanted, return_inverse=True)
-        vectors, bias = self.items(self.normalise(self._catalogue[rows.cpu()].to(device)).flatten(1), rows)
+        vectors, bias = self.items(self._read_latents(rows).flatten(1), rows)
         inputs, targets, drawn = place.split([len(batch.item_idx), len(batch.target_idx), len(negatives)])
         return TrainingTable(vectors, bias, inputs, targets, drawn, negatives)
 
@@ -206,8 +208,24 @@ class ContRec(nn.Module):
         return (latents.float() - self.latent_mean) / self.latent_std
 
     def catalogue(self, device: torch.device) -> Tensor:
-        """Normalised latents of every item. -> (N, K, Z) float32"""
-        return self.normalise(self._catalogue.to(device))
+        """Normalised latents of every item, as they are now. -> (N, K, Z) float32"""
+        latents = self.normalise(self._catalogue.to(device))
+        return self._turn(latents, torch.arange(len(latents), device=device))
+
+    @torch.no_grad()
+    def raw_catalogue(self) -> Tensor:
+        """The catalogue's latents as they are now, in the tokenizer's units, on the CPU. -> (N, K, Z) float32"""
+        if self.turned is None:
+            return self._catalogue
+        return (self.catalogue(self.latent_mean.device) * self.latent_std + self.latent_mean).cpu()
+
+    def _read_latents(self, rows: Tensor) -> Tensor:
+        """Normalised latents of some items, as they are now. rows (n,) -> (n, K, Z) float32"""
+        return self._turn(self.normalise(self._catalogue[rows.cpu()].to(rows.device)), rows)
+
+    def _turn(self, latents: Tensor, item_idx: Tensor) -> Tensor:
+        """Normalised latents as training has turned them. (n, K, Z), (n,) -> (n, K, Z)"""
+        return latents if self.turned is None else self.turned(latents, item_idx)
 
     def autocast(self, device: torch.device):
         """bf16 matrix products where the config and the hardware say so."""
@@ -223,8 +241,7 @@ class ContRec(nn.Module):
         parts = []
         for start in range(0, self.num_items, chunk_rows):
             rows = torch.arange(start, min(start + chunk_rows, self.num_items), device=device)
-            latents = self.normalise(self._catalogue[rows.cpu()].to(device))
-            vectors, bias = self.items(latents.flatten(1), rows)
+            vectors, bias = self.items(self._read_latents(rows).flatten(1), rows)
             parts.append(torch.cat([vectors, bias[:, None]], dim=1).float())
         return torch.cat(parts)
 

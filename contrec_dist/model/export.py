@@ -4,24 +4,30 @@
     backbone/             the whole LLM (save_pretrained) and its text tokenizer; with adapters: the tokenizer alone
     adapter/              the LoRA adapter (only with adapters; the base is loaded from its own path)
     head.safetensors      continuous inputs, item table, diffusion head (moving average applied), latent statistics
+    item_latents.npy      the catalogue's latents (N, K, Z) float32, in the tokenizer's units (only with head.latents: trained)
 """
 
 import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contrec_dist.config import BackboneConfig, Config, HeadConfig, LoraConfig, LossConfig, ShapeConfig
+from contrec_dist.data.latents import ITEM_LATENTS
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import write_json
 from contrec_dist.model.backbone import causal_lm, load_backbone, load_text_tokenizer
+from contrec_dist.model.continuous_inputs import TurnedLatents
 from contrec_dist.model.contrec import ContRec
 
 BACKBONE_PREFIX = "backbone."
+TURNED_PREFIX = "turned."
+CHUNK_ITEMS = 65_536
 
 
 def build_model(
@@ -58,6 +64,8 @@ def save_export(model: ContRec, state: dict[str, Tensor], tokenizer, folder: Pat
     backbone = {name[len(BACKBONE_PREFIX) :]: value for name, value in state.items() if name.startswith(BACKBONE_PREFIX)}
     head = {name: value.contiguous() for name, value in _with_average(state).items()}
     save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
+    if model.turned is not None:
+        _save_turned_latents(model, state, folder / ITEM_LATENTS)
     tokenizer.save_pretrained(folder / "backbone")
     target = folder / ("adapter" if model.backbone_config.lora.rank else "backbone")
     model.backbone.save_pretrained(target, state_dict=backbone, safe_serialization=True)
@@ -66,11 +74,25 @@ def save_export(model: ContRec, state: dict[str, Tensor], tokenizer, folder: Pat
         refuse_empty(path)
 
 
+@torch.no_grad()
+def _save_turned_latents(model: ContRec, state: dict[str, Tensor], path: Path) -> None:
+    """The catalogue's latents as training left them, a chunk at a time."""
+    shift = state[TURNED_PREFIX + "shift.weight"]
+    mean, std = state["latent_mean"], state["latent_std"]
+    turned = TurnedLatents(num_items=len(shift), latent_width=shift.shape[1])
+    turned.shift.weight.copy_(shift)
+    raw = model._catalogue.cpu()
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=tuple(raw.shape))
+    for rows in torch.arange(len(raw)).split(CHUNK_ITEMS):
+        array[rows.numpy()] = (turned((raw[rows].float() - mean) / std, rows) * std + mean).numpy()
+    array.flush()
+
+
 def _with_average(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Everything but the backbone, the head's parameters replaced by their moving average."""
     head = {}
     for name, value in state.items():
-        if name.startswith((BACKBONE_PREFIX, "average.")):
+        if name.startswith((BACKBONE_PREFIX, TURNED_PREFIX, "average.")):
             continue
         average = "average." + name.removeprefix("head.").replace(".", "__")
         head[name] = state[average] if name.startswith("head.") and average in state else value
@@ -116,7 +138,7 @@ def load_export(folder: str | Path, *, item_latents: Tensor | None = None):
     model = ContRec(
         backbone=_load_trained_backbone(backbone_config, folder),
         backbone_config=backbone_config,
-        head=dataclasses.replace(HeadConfig(**described["head"]), ema_decay=0.0),
+        head=dataclasses.replace(HeadConfig(**described["head"]), ema_decay=0.0, latents="frozen"),  # the folder's are turned
         loss=LossConfig(**described["loss"]),
         item_latents=item_latents,
         num_items=described["num_items"],

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contrec_dist.data.latents import ITEM_LATENTS
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import Manifest, write_json
 from contrec_dist.model.backbone import causal_lm
@@ -22,7 +23,7 @@ from contrec_dist.model.export import load_export, refuse_empty
 TOLERANCE = 1e-5
 PROBE_SHAPE = (2, 48)
 "rows and positions of the text on which the folder is compared with the run's model"
-COPIED = ("backbone", "adapter", "head.safetensors", "config.json", "item_vectors.npy")
+COPIED = ("backbone", "adapter", "head.safetensors", "config.json", "item_vectors.npy", ITEM_LATENTS)
 
 
 def write_standalone(source: Path, target: Path, *, merge: bool) -> None:
@@ -70,8 +71,9 @@ def _write_merged(source: Path, work: Path) -> dict[str, Tensor]:
         described["backbone"]["lora"] = dataclasses.asdict(whole)
     model.backbone.save_pretrained(work / "backbone", safe_serialization=True)
     tokenizer.save_pretrained(work / "backbone")
-    for name in ("head.safetensors", "item_vectors.npy"):
-        shutil.copyfile(source / name, work / name)
+    for name in ("head.safetensors", "item_vectors.npy", ITEM_LATENTS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, work / name)
     write_json(work / "config.json", described)
     return expected
 

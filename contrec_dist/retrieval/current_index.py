@@ -18,6 +18,7 @@ import polars as pl
 
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import load_items
+from contrec_dist.data.latents import item_latents_path
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import Manifest
 from contrec_dist.progress import get_logger
@@ -149,7 +150,7 @@ def _open_version(config: Config, store: VersionStore, version: IndexVersion, sp
         number=version.number,
         spaces={space: _open_space(config, store, version, space) for space in spaces},
         items=load_item_table(config, store, version),
-        latents=_overlay(config.folder("tokens") / "item_latents.npy", store, version, "latents"),
+        latents=_overlay(item_latents_path(config), store, version, "latents"),
         embeddings=_overlay(config.folder("embeddings") / "items.npy", store, version, "embeddings"),
     )
 

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from contrec_dist.config import Config
+from contrec_dist.data.latents import item_latents_path
 from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.manifest import Manifest, run_stage
 from sharding.faiss_build import build_shards
@@ -98,7 +99,7 @@ def open_latent_space(config: Config) -> tuple[SpaceRows, np.ndarray]:
     def normalise(latents: np.ndarray) -> np.ndarray:
         return ((latents - mean) / std).astype(np.float32, copy=False).reshape(len(latents), mean.size)
 
-    rows = SpaceRows(np.load(folder / "item_latents.npy", mmap_mode="r"), normalise)
+    rows = SpaceRows(np.load(item_latents_path(config), mmap_mode="r"), normalise)
     return rows, rows.read(_sample_rows(rows.num_rows, config))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 
 from contrec_dist.config import Config
+from contrec_dist.data.latents import item_latents_path
 from contrec_dist.data.sources.raw import ITEM_COLUMNS
 from contrec_dist.errors import ArtifactError, DataError
 from contrec_dist.manifest import hash_file, hash_json
@@ -216,7 +217,7 @@ class LiveIndex:
         """Encoded arrays of no item."""
         like = {
             "embeddings": self.config.folder("embeddings") / "items.npy",
-            "latents": self.config.folder("tokens") / "item_latents.npy",
+            "latents": item_latents_path(self.config),
             "vectors": self.config.folder("model") / "item_vectors.npy",
         }
         return {"item_idx": NO_IDS} | {name: np.load(path, mmap_mode="r")[:0] for name, path in like.items()}

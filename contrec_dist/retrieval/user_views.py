@@ -8,6 +8,7 @@ from torch import Tensor
 
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import load_items
+from contrec_dist.data.latents import item_latents_path
 from contrec_dist.data.prompts import PromptTexts
 from contrec_dist.model.contrec import ContRec
 from contrec_dist.model.history_reader import HistoryBatch, HistoryReader, Reading
@@ -37,7 +38,7 @@ class UserViews:
         from contrec_dist.training.train import load_user_latents
 
         items = load_items(config.folder("catalog")) if index is None else index.items
-        latents = index.latents if index else np.load(config.folder("tokens") / "item_latents.npy", mmap_mode="r")
+        latents = index.latents if index else np.load(item_latents_path(config), mmap_mode="r")
         reader = SteadyReader(model, PromptTexts(items, tokenizer, config.prompt), tokenizer)
         users = users or ScoredUsers.of_catalog(config.folder("catalog"))
         return cls(config, model, reader, latents, load_user_latents(config), users)

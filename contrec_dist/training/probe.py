@@ -62,7 +62,7 @@ class ValidationProbe:
         self.device = model.latent_mean.device
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             self.head = self._empty_head()
-        latents = model._catalogue.numpy()
+        latents = model._catalogue.numpy()  # training may turn them: _open_retrievers
         everybody = ScoredUsers.of_catalog(config.folder("catalog"))
         reader = HistoryReader(model, texts, tokenizer=None)  # which writing a text would need
         view = ProbeModel(self.head, model.autocast)
@@ -112,14 +112,15 @@ class ValidationProbe:
     def _open_retrievers(self) -> dict[str, Retriever]:
         """Exact search over the item vectors and the latents as they are now. A collective under ZeRO-3."""
         self._copy_head()
-        latents = self.model.catalogue(self.device).flatten(1).cpu().numpy()
+        latents = self.model.catalogue(self.device).detach().flatten(1).cpu().numpy()
         searches = {
             "query": ExactSearch(self.model.item_vectors().cpu().numpy(), "inner_product"),
             "samples": ExactSearch(latents, "l2"),
         }
         k = self.config.monitor.probe_k
         score = replace(self.config.score, k=k, num_candidates=max(k, self.config.score.num_candidates))
-        latents, no_prior = self.views.item_latents, np.zeros(0)
+        self.views.item_latents = latents = self.model.raw_catalogue().numpy()
+        no_prior = np.zeros(0)
         return {
             rule: Retriever(replace(score, rank_by=rule), self.config.seed, search, latents, no_prior)
             for rule, search in searches.items()

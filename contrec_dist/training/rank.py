@@ -17,6 +17,7 @@ import torch
 
 from contrec_dist.config import Config
 from contrec_dist.data.batches import TrainingRows
+from contrec_dist.data.latents import item_latents_path
 from contrec_dist.data.prompts import RESPONSE_TEXTS, PromptTexts
 from contrec_dist.manifest import IDENTITY_NAME, Manifest, run_stage, write_json
 from contrec_dist.model.backbone import load_text_tokenizer, train_text_tokenizer
@@ -233,9 +234,9 @@ def write_retrieval_inputs(config: Config, work: Path) -> None:
     """
     from contrec_dist.retrieval.user_views import UserViews
 
-    latents = torch.from_numpy(np.load(config.folder("tokens") / "item_latents.npy"))
-    model, tokenizer = load_export(work, item_latents=latents)
-    views = UserViews.open(config, model, tokenizer)
+    latents = np.load(item_latents_path(config, work))
+    model, tokenizer = load_export(work, item_latents=torch.from_numpy(latents))
+    views = dataclasses.replace(UserViews.open(config, model, tokenizer), item_latents=latents)
     users = np.linspace(0, views.num_users - 1, min(PROBE_QUERIES, views.num_users)).astype(np.int64)
     condition = views.read(users, "validation", reasoning=False).condition
     queries = views.queries(condition)

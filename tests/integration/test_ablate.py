@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launched import copy_run, file_hashes, write_config
 
@@ -12,6 +13,7 @@ from contrec_dist.__main__ import STAGES, main
 from contrec_dist.config import Config
 from contrec_dist.manifest import MANIFEST_NAME, WRITTEN_BY, Manifest
 from contrec_dist.progress import get_logger
+from contrec_dist.retrieval.current_index import open_current
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -20,13 +22,15 @@ ROWS = {
     "broken": "# no latent at all\ntokenizer:\n  latent_dim: 0\n",
     "guided": "# scores again\nscore: {rank_by: samples, guidance: 2.0, text_weights: [0.0], users_per_part: 150}\n",
     "left_out": "# not asked for\nseed: 1\n",
-    # Every switch that rows need, in one training: no text anywhere, marked items, quantised tokens, the last target alone.
+    # Every switch that rows need, in one training: no text anywhere, marked items, quantised tokens that are trained on, the last
+    # target alone.
     "switched": """# everything
 embed: {text_dim: 0}
 tokenizer: {kind: rq, num_codes: 8, num_levels: 2}
 prompt: {item_layout: marked, instruction: "", titled_items: 0, response_drop: 1.0}
 loss: {lm: 0.0}
-train: {targets: last, num_epochs: 1}
+head: {latents: trained}
+train: {targets: last, num_epochs: 1, learning_rate: 0.03}
 score: {reasoning: none, users_per_part: 150}
 """,
 }
@@ -110,6 +114,20 @@ def test_every_row_is_a_complete_run_of_the_real_stages(ablated):
         assert (own.folder("report") / "report.html").is_file()
     used = Manifest.load(row_config(config, "switched").folder("model")).config["train"]
     assert used["targets"] == "last" and used["num_epochs"] == 1
+
+
+def test_latents_that_training_turned_are_what_is_indexed(ablated):
+    """head.latents: trained. The tokens of the row stay, the model has its own, and its index finds every item at those."""
+    row = row_config(ablated[0], "switched")
+    own, tokens = (np.load(row.folder(name) / "item_latents.npy") for name in ("model", "tokens"))
+    mean, std = (np.load(row.folder("tokens") / f"latent_{name}.npy") for name in ("mean", "std"))
+    lengths = [np.linalg.norm(((latents - mean) / std).reshape(len(latents), -1), axis=1) for latents in (own, tokens)]
+    np.testing.assert_allclose(*lengths, rtol=1e-4)
+    moved = np.square((own - tokens) / std).sum((1, 2))
+    index, points = open_current(row, ["latent"]), ((own - mean) / std).reshape(len(own), -1).astype(np.float32)
+    distances, _ = index.spaces["latent"].search(points, 1)
+    assert np.abs(distances).max() < 1e-3 < np.median(moved) / 4, "the index holds other latents than the model's"
+    assert np.array_equal(index.latents[np.arange(len(own))], own)
 
 
 def test_figures_are_those_of_the_stage_evaluate(ablated):
