@@ -20,12 +20,10 @@ import numpy as np
 import polars as pl
 from safetensors.numpy import load_file, save_file
 
-from contrec_dist.baselines.sasrec.baseline import SECTIONS as SASREC_SECTIONS, settings as sasrec_settings
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import HISTORIES_FILE, Histories, load_items
 from contrec_dist.errors import ArtifactError, ConfigError
 from contrec_dist.embeddings.collaborative import CollaborativeEmbedding, fit_lightgcn
-from contrec_dist.embeddings.distilled import fit_distilled
 from contrec_dist.embeddings.sequential import fit_sequential
 from contrec_dist.embeddings.textual import TextEncoder, join_item_text
 from contrec_dist.manifest import Manifest, hash_file, hash_json, run_stage, write_json
@@ -71,7 +69,9 @@ def run(config: Config) -> Manifest:
     """Run the stage; see the module."""
     identity, sections = {"text_model": hash_model(config.embed.text_model)}, ("embed",)
     if config.embed.collaborative == "sasrec":
-        identity, sections = identity | sasrec_settings(config), ("embed", *SASREC_SECTIONS)
+        from contrec_dist.baselines.sasrec.baseline import SECTIONS, settings
+
+        identity, sections = identity | settings(config), ("embed", *SECTIONS)
     return run_stage(
         config, stage="embed", folder="embeddings", sections=sections, inputs=("catalog",), build=_build, extra_identity=identity
     )
@@ -110,9 +110,12 @@ def hash_model(text_model: str) -> str:
 def _build(config: Config, work_dir: Path) -> dict:
     items, user_known = load_items(config.folder("catalog")), _read_known_users(config.folder("catalog"))
     item_known = items["num_train"].to_numpy() > 0
+    distilled = config.embed.collaborative == "sasrec"
+    learned = None if distilled else _embed_interactions(config, len(user_known), len(items))
     text = _embed_text(items, config, work_dir)
     text_of = Standardisation.fit(text, item_known)
-    learned = _embed_interactions(config, len(user_known), items["num_train"].to_numpy(), text, text_of)
+    if distilled:
+        learned = _distil(config, items["num_train"].to_numpy(), text, text_of)
     item_part, user_part = learned.items, learned.users
     width = item_part.shape[1] + text.shape[1]
     if width == 0:
@@ -166,11 +169,8 @@ def _write_rows(path: Path, shape: tuple[int, int], chunks: Iterator[np.ndarray]
             chunk.tofile(file)
 
 
-def _embed_interactions(
-    config: Config, num_users: int, num_train: np.ndarray, text: np.ndarray, text_of: Standardisation
-) -> CollaborativeEmbedding:
-    """The collaborative parts, of width 0 where they are switched off. Shapes   num_train (N,) int64, text (N, E) raw"""
-    num_items = len(num_train)
+def _embed_interactions(config: Config, num_users: int, num_items: int) -> CollaborativeEmbedding:
+    """The collaborative parts that need no text, of width 0 where they are switched off."""
     if config.embed.collaborative == "none":
         return CollaborativeEmbedding(
             users=np.zeros((num_users, 0), np.float32), items=np.zeros((num_items, 0), np.float32), losses=[]
@@ -178,12 +178,18 @@ def _embed_interactions(
     histories = Histories.load(config.folder("catalog"))
     if config.embed.collaborative == "sequential":
         return fit_sequential(histories, num_items, config.embed, config.seed)
-    if config.embed.collaborative == "sasrec":
-        return fit_distilled(histories, num_train, text_of.apply(text) if text.shape[1] else None, config)
     edges = np.stack(histories.training_edges(), axis=1).astype(np.int64)  # (M, 2)
     learned = fit_lightgcn(edges, num_users, num_items, config.embed, config.seed)
     get_logger("embed").info("LightGCN: %d edges, loss %.4f -> %.4f", len(edges), learned.losses[0], learned.losses[-1])
     return learned
+
+
+def _distil(config: Config, num_train: np.ndarray, text: np.ndarray, text_of: Standardisation) -> CollaborativeEmbedding:
+    """The collaborative parts of 'sasrec'. Shapes   num_train (N,) int64, text (N, E) raw"""
+    from contrec_dist.embeddings.distilled import fit_distilled
+
+    histories = Histories.load(config.folder("catalog"))
+    return fit_distilled(histories, num_train, text_of.apply(text) if text.shape[1] else None, config)
 
 
 class ItemTexts(Sequence):
