@@ -3,21 +3,23 @@
     baselines/NAME/split={validation,test,next}/seen={masked,kept}/part-000000.parquet, columns as retrieval/recommendations.py
     baselines/NAME/manifest.json   facts: what the fit says, and HR@10 and NDCG@10 on validation users
 
+What was trained is kept where only the lists change (splits, k): the facts hold the identity of the fit, as `fit_identity`.
 The stage `evaluate` takes in every finished baseline of the run and judges it as it judges the model.
 """
 
+import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from contrec_dist.baselines.registry import BASELINES, baseline_folder, load_baseline
+from contrec_dist.baselines.registry import BASELINES, Recommender, baseline_folder, load_baseline
 from contrec_dist.baselines.views import CHOICE_CUT, VIEWS, recommend_views
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import Histories, load_items, load_users
 from contrec_dist.errors import ArtifactError
-from contrec_dist.manifest import MANIFEST_NAME, Manifest, run_stage
+from contrec_dist.manifest import MANIFEST_NAME, Manifest, run_stage, stage_identity
 from contrec_dist.progress import get_logger, track
 from contrec_dist.retrieval import metrics as m
 from contrec_dist.retrieval.pairing import Versions
@@ -35,13 +37,14 @@ def run_baseline(config: Config, name: str) -> Manifest:
     for needed in getattr(module, "NEEDS", ()):
         run_baseline(config, needed)
     lists = {"k": config.score.k, "splits": list(config.score.splits), "users_per_part": config.score.users_per_part}
+    inputs = ("catalog", *module.INPUTS)
     return run_stage(
         config,
         stage=name,
         folder=baseline_folder(name),
         sections=module.SECTIONS,
-        inputs=("catalog", *module.INPUTS),
-        build=partial(_build, name),
+        inputs=inputs,
+        build=partial(_build, name, stage_identity(config, module.SECTIONS, inputs, settings)[0]),
         extra_identity=lists | settings,
     )
 
@@ -75,8 +78,8 @@ def _find_fault(config: Config, manifest: Manifest) -> str:
     return "" if "test" in manifest.facts["splits"] else f"lists of {manifest.facts['splits']} alone"
 
 
-def _build(name: str, config: Config, work: Path) -> dict:
-    recommender, facts = load_baseline(name).fit(config, work)
+def _build(name: str, fit_identity: str, config: Config, work: Path) -> dict:
+    recommender, facts = _take_over(name, fit_identity, config, work) or load_baseline(name).fit(config, work)
     catalog = config.folder("catalog")
     histories, item_ids = Histories.load(catalog), load_items(catalog)["item_id"]
     user_ids = load_users(catalog)["user_id"]
@@ -89,7 +92,28 @@ def _build(name: str, config: Config, work: Path) -> dict:
         ]
         if split == "validation":
             facts["validation"] = _summarize(hits, config.score.k)
-    return facts | {"k": config.score.k, "splits": list(config.score.splits)}
+    return facts | {"fit_identity": fit_identity, "k": config.score.k, "splits": list(config.score.splits)}
+
+
+def _take_over(name: str, fit_identity: str, config: Config, work: Path) -> tuple[Recommender, dict] | None:
+    """What the finished folder holds of the same fit, copied into `work`: the recommender and its facts; None without such."""
+    folder, module = config.folder(baseline_folder(name)), load_baseline(name)
+    if not hasattr(module, "load_recommender") or not (folder / MANIFEST_NAME).is_file():
+        return None
+    try:
+        manifest = Manifest.load(folder)
+        if manifest.facts.get("fit_identity") != fit_identity:
+            return None
+        manifest.check_files(folder, deep=True)
+    except ArtifactError as error:
+        get_logger(name).warning("fitted again: %s", error)
+        return None
+    for file in manifest.files:
+        if not file.startswith("split="):
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / file, work / file)
+    get_logger(name).info("only the lists changed: what was fitted is taken over")
+    return module.load_recommender(config, work), {key: value for key, value in manifest.facts.items() if key != "validation"}
 
 
 def _write_part(work, name, recommender, histories, positions, split, part, span, user_ids, item_ids, k) -> dict[str, np.ndarray]:

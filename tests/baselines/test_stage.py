@@ -9,6 +9,7 @@ import pytest
 
 from contrec_dist.__main__ import main
 from contrec_dist.baselines.popularity import Popularity, recommend_popular
+from contrec_dist.baselines.registry import load_baseline
 from contrec_dist.baselines.stage import find_finished, run_baseline
 from contrec_dist.baselines.tiger.baseline import load_recommender
 from contrec_dist.baselines.views import recommend_views
@@ -47,6 +48,27 @@ def test_lists_have_the_columns_and_the_layout_of_the_model(finished):
                 assert (frame["score"] <= 0).all() and frame["score"].is_finite().all()
     assert manifest.config["tiger"]["num_codes"] == 8 and manifest.stage == "tiger"
     assert {"semantic_ids.npy", "rq_vae.safetensors", "sequence_model.safetensors"} <= set(manifest.files)
+
+
+@pytest.mark.parametrize("name", ["tiger", "sasrec_text", "item_knn"])
+def test_other_splits_ask_for_other_lists_not_for_another_fit(toy_runs, tmp_path, monkeypatch, name):
+    def refuse(*_):
+        raise AssertionError("fitted again")
+
+    make = toy_runs[1]
+    whole = run_baseline(make(tmp_path / "whole"), name)
+    first = run_baseline(make(tmp_path / "run", "score.splits=[validation]"), name)
+    monkeypatch.setattr(load_baseline(name), "fit", refuse)
+    both = make(tmp_path / "run")
+    second = run_baseline(both, name)
+    assert second.files == whole.files and second.facts == whole.facts and set(first.files) < set(second.files)
+    section = {"tiger": "tiger.learning_rate=0.5", "sasrec_text": "sasrec.dropout=0.5", "item_knn": "item_knn.window=2"}[name]
+    with pytest.raises(AssertionError, match="fitted again"):
+        run_baseline(make(tmp_path / "run", section), name)
+    saved = {"tiger": "semantic_ids.npy", "sasrec_text": "sasrec.safetensors", "item_knn": "similarity_items.npy"}[name]
+    (both.folder(f"baselines/{name}") / saved).write_bytes(b"x")
+    with pytest.raises(AssertionError, match="fitted again"):  # what is damaged is not taken over
+        run_baseline(both, name)
 
 
 def test_every_user_gets_k_items_and_masked_ones_are_unseen(finished):
