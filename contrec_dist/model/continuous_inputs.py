@@ -47,14 +47,8 @@ class ItemTable(nn.Module):
         if not self.training:
             return self._describe(vectors, item_idx)
         if self.residual is not None:
-            vectors = vectors + self._drop(self.residual(item_idx))
+            vectors = vectors + _drop_rows(self.residual(item_idx), self.residual_drop)
         return vectors, self.bias(item_idx)[:, 0].masked_fill(~self.trained[item_idx], -torch.inf)
-
-    def _drop(self, residual: Tensor) -> Tensor:
-        if self.residual_drop == 0.0:
-            return residual
-        kept = torch.rand(len(residual), 1, device=residual.device) >= self.residual_drop
-        return residual * kept
 
     def _describe(self, vectors: Tensor, item_idx: Tensor) -> tuple[Tensor, Tensor]:
         inside = item_idx < len(self.trained)
@@ -98,8 +92,8 @@ class ItemTable(nn.Module):
 class TurnedLatents(nn.Module):
     """Latents that training goes on with after the tokenizer: z -> (z + shift) at the length of z.
 
-    The shift of an item that training does not see stays zero. Lengths are kept so that the latents stay at the scale which the
-    noise schedule is made for.
+    The shift of an item that training does not see stays zero; `drop` is the share of items that go without theirs, as such items
+    must. Lengths are kept so that the latents stay at the scale which the noise schedule is made for.
     Shapes   latents (n, K, Z) normalised, item_idx (n,) -> (n, K, Z)
     """
 
@@ -108,9 +102,9 @@ class TurnedLatents(nn.Module):
         self.shift = nn.Embedding(num_items, latent_width)
         nn.init.zeros_(self.shift.weight)
 
-    def forward(self, latents: Tensor, item_idx: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, item_idx: Tensor, drop: float = 0.0) -> Tensor:
         flat = latents.flatten(1)
-        turned = flat + self.shift(item_idx)
+        turned = flat + _drop_rows(self.shift(item_idx), drop)
         lengths, now = (torch.linalg.vector_norm(one, dim=1, keepdim=True) for one in (flat, turned))
         return (turned * (lengths / now.clamp(min=1e-6))).view_as(latents)
 
@@ -147,3 +141,10 @@ class ContinuousInputs(nn.Module):
     def embed_users(self, latents: Tensor) -> Tensor:
         """(n, K, Z) -> (n, K, D)."""
         return self.project_user(latents)
+
+
+def _drop_rows(rows: Tensor, share: float) -> Tensor:
+    """The rows, that share of them drawn anew as zeros. (n, C) -> (n, C)"""
+    if share == 0.0:
+        return rows
+    return rows * (torch.rand(len(rows), 1, device=rows.device) >= share)

@@ -122,16 +122,17 @@ class ContRec(nn.Module):
 
     def _training_table(self, batch: PackedBatch, generator: torch.Generator) -> "TrainingTable":
         """Item vectors of the whole catalogue, or of the inputs, targets and drawn negatives of this micro-batch."""
-        device = batch.tokens.device
+        device, drop = batch.tokens.device, self.head_config.residual_drop if self.training else 0.0
         if self.loss_config.num_negatives == 0:
-            vectors, bias = self.items(self.catalogue(device).flatten(1), torch.arange(self.num_items, device=device))
+            latents = self.catalogue(device, drop).flatten(1)
+            vectors, bias = self.items(latents, torch.arange(self.num_items, device=device))
             return TrainingTable(vectors, bias, batch.item_idx, batch.target_idx, None, None)
         negatives = torch.randint(
             self.num_items, (self.loss_config.num_negatives,), generator=generator, device=device
         )
         wanted = torch.cat([batch.item_idx, batch.target_idx, negatives])
         rows, place = torch.unique(wanted, return_inverse=True)
-        vectors, bias = self.items(self._read_latents(rows).flatten(1), rows)
+        vectors, bias = self.items(self._read_latents(rows, drop).flatten(1), rows)
         inputs, targets, drawn = place.split([len(batch.item_idx), len(batch.target_idx), len(negatives)])
         return TrainingTable(vectors, bias, inputs, targets, drawn, negatives)
 
@@ -207,10 +208,10 @@ class ContRec(nn.Module):
         """Raw latents to zero mean and unit variance, fp32. (..., K, Z) -> (..., K, Z)"""
         return (latents.float() - self.latent_mean) / self.latent_std
 
-    def catalogue(self, device: torch.device) -> Tensor:
-        """Normalised latents of every item, as they are now. -> (N, K, Z) float32"""
+    def catalogue(self, device: torch.device, drop: float = 0.0) -> Tensor:
+        """Normalised latents of every item, as they are now; that share of them as the tokenizer made them. -> (N, K, Z) float32"""
         latents = self.normalise(self._catalogue.to(device))
-        return self._turn(latents, torch.arange(len(latents), device=device))
+        return self._turn(latents, torch.arange(len(latents), device=device), drop)
 
     @torch.no_grad()
     def raw_catalogue(self) -> Tensor:
@@ -219,13 +220,13 @@ class ContRec(nn.Module):
             return self._catalogue
         return (self.catalogue(self.latent_mean.device) * self.latent_std + self.latent_mean).cpu()
 
-    def _read_latents(self, rows: Tensor) -> Tensor:
+    def _read_latents(self, rows: Tensor, drop: float = 0.0) -> Tensor:
         """Normalised latents of some items, as they are now. rows (n,) -> (n, K, Z) float32"""
-        return self._turn(self.normalise(self._catalogue[rows.cpu()].to(rows.device)), rows)
+        return self._turn(self.normalise(self._catalogue[rows.cpu()].to(rows.device)), rows, drop)
 
-    def _turn(self, latents: Tensor, item_idx: Tensor) -> Tensor:
+    def _turn(self, latents: Tensor, item_idx: Tensor, drop: float = 0.0) -> Tensor:
         """Normalised latents as training has turned them. (n, K, Z), (n,) -> (n, K, Z)"""
-        return latents if self.turned is None else self.turned(latents, item_idx)
+        return latents if self.turned is None else self.turned(latents, item_idx, drop)
 
     def autocast(self, device: torch.device):
         """bf16 matrix products where the config and the hardware say so."""

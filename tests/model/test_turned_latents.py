@@ -48,6 +48,26 @@ def test_a_shift_turns_a_latent_and_keeps_its_length_by_hand():
     torch.testing.assert_close(found, expected)
 
 
+def test_items_that_go_without_their_shift_are_drawn_anew_and_only_in_training():
+    turned = TurnedLatents(num_items=2000, latent_width=2)
+    torch.nn.init.constant_(turned.shift.weight, 1.0)
+    latents, rows = torch.tensor([1.0, -0.5]).expand(2000, 2)[..., None], torch.arange(2000)
+    first, second = ((turned(latents, rows, 0.3) == latents).all(2).all(1) for _ in range(2))
+    assert 0.25 < first.float().mean() < 0.35 and (first != second).any()
+    assert not (turned(latents, rows) == latents).all(2).all(1).any()
+
+
+def test_the_share_that_goes_without_is_the_configs_in_training_alone(world):
+    world.config.head.residual_drop = 1.0
+    model, batch = world.build_model().train(), pack(world)
+    model(batch, 0)["negative"].backward()
+    turned_inputs = model.turned.shift.weight.grad.abs().sum(1).nonzero()[:, 0].tolist()
+    assert set(turned_inputs) <= set(batch.item_idx.tolist())  # through the inputs' own tokens, not the catalogue's vectors
+    model.turned.shift.weight.grad = None
+    model.eval()(batch, 0)["negative"].backward()
+    assert (model.turned.shift.weight.grad.abs().sum(1) > 0).all()
+
+
 def test_frozen_is_the_default_and_has_no_weights_of_its_own(make_world):
     assert HeadConfig().latents == "frozen" and make_world(HISTORIES).build_model().turned is None
 
