@@ -2,7 +2,7 @@
 
 The config's own seed is the run itself, the others are runs of their own in run_dir/seeds/<seed>; all by the pipeline's own stages:
 what is complete is skipped, a killed training resumes. Baselines are fitted under each seed too. Ends with mean and spread over
-seeds, run_dir/seeds/seeds.md.
+seeds and the lead over every baseline, users paired: run_dir/seeds/seeds.md.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def run(config: Config, parsed: argparse.Namespace) -> int:
     from contrec_dist.baselines.stage import run_baseline
     from contrec_dist.manifest import lock_folder
     from contrec_dist.progress import get_logger
-    from contrec_dist.report.seeds import MARKDOWN_NAME, SEEDS_FOLDER, read_metrics, render_markdown, summarize_seeds, write_summary
+    from contrec_dist.report.seeds import MARKDOWN_NAME, SEEDS_FOLDER, pair_users, read_metrics, render_markdown, summarize_seeds, write_summary
 
     seeds, baselines = read_seeds(parsed.seeds), [name.strip() for name in parsed.baselines.split(",") if name.strip()]
     unknown = sorted(set(baselines) - set(BASELINES))
@@ -49,7 +49,7 @@ def run(config: Config, parsed: argparse.Namespace) -> int:
                     run_baseline(one, name)
 
             run_pipeline(one, before_stage=before_stage)
-        summary = summarize_seeds(read_metrics(runs))
+        summary = summarize_seeds(read_metrics(runs)) | {"paired": pair_users(runs)}
         write_summary(summary, config.folder(SEEDS_FOLDER), title)
     console = Console()
     console.print(Markdown(render_markdown(summary, title)))

@@ -235,6 +235,24 @@ def _lead(config: Config, lists: np.ndarray, others: np.ndarray, held: Held) -> 
     return {name: list(m.bootstrap_interval(model[name] - baseline[name], config.seed)) for name in model}
 
 
+def user_leads(config: Config) -> dict[str, pl.DataFrame]:
+    """The model's figures less those of every finished baseline, user by user: test, seen items masked.
+
+    Returns a baseline's frame: user_id, and hr@10 and ndcg@10 float64, of users in order of user_idx
+    """
+    catalog = config.folder("catalog")
+    items, users = load_items(catalog), load_users(catalog)
+    held = Held.load(Histories.load(catalog), "test")
+    length = _list_length(config, _cut_offs(config))
+    own = list_matrix(load_lists(config.folder("recommendations"), "test", "masked", users, items), held.users, length)
+    model, leads = _user_values(own, held), {}
+    for name in find_finished(config):
+        baseline = _user_values(_written_lists(config, name, users, items, held, length, "masked"), held)
+        columns = {key: model[key].astype(np.float64) - baseline[key] for key in model}
+        leads[name] = pl.DataFrame({"user_id": users["user_id"].gather(held.users), **columns})
+    return leads
+
+
 def _measure_sampler(config: Config, work: Path) -> dict[int, dict]:
     """HR@10 against sampler steps, also written as sampler_curve.json; nothing when evaluate.sampler_users is 0."""
     if config.evaluate.sampler_users == 0:

@@ -10,6 +10,7 @@ from launched import copy_run, write_config
 from contrec_dist.__main__ import main
 from contrec_dist.manifest import MANIFEST_NAME, WRITTEN_BY, Manifest
 from contrec_dist.progress import get_logger
+from contrec_dist.report.evaluate import user_leads
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -33,6 +34,15 @@ def test_two_seeds_with_a_baseline_and_once_more(reference, tmp_path):
         values = [one[block]["hr@10"] if block else one["baselines"][name]["hr@10"] for one in figures]
         assert told["views"]["masked"][name]["hr@10"]["values"] == values
     assert told["views"]["masked"]["contrec"]["hr@10"]["std"] > 0
+
+    leads = [user_leads(one)["text_knn"] for one in (config, other)]
+    paired = told["paired"]["text_knn"]
+    for key in ("hr@10", "ndcg@10"):
+        values = [one["test"][key] - one["baselines"]["text_knn"][key] for one in figures]
+        assert [frame[key].mean() for frame in leads] == pytest.approx(values, abs=1e-6)
+        assert paired[key]["mean"] == pytest.approx(sum(values) / 2, abs=1e-6)
+        assert paired[key]["low"] < paired[key]["mean"] < paired[key]["high"]
+    assert list(told["paired"]) == ["text_knn"] and "- text_knn: HR@10 " in (config.folder("seeds") / "seeds.md").read_text()
 
     stamps = {one.run_dir: (one.folder("report") / MANIFEST_NAME).read_bytes() for one in (config, other)}
     messages, log = [], get_logger("repeat").parent

@@ -2,12 +2,14 @@
 
 import json
 
+import polars as pl
 import pytest
 
 from contrec_dist.commands.repeat import config_of, read_seeds
 from contrec_dist.config import load_config
 from contrec_dist.errors import ArtifactError, ConfigError
-from contrec_dist.report.seeds import read_metrics, summarize_seeds, write_summary
+from contrec_dist.report import seeds
+from contrec_dist.report.seeds import pair_users, read_metrics, summarize_seeds, write_summary
 
 
 def metrics_of(own: float, tiger: float, **more) -> dict:
@@ -46,6 +48,30 @@ def test_the_table_shows_mean_and_deviation(tmp_path):
     write_summary(summarize_seeds({0: metrics_of(0.4, 0.1), 1: metrics_of(0.2, 0.1)}), tmp_path, "toy")
     text = (tmp_path / "seeds.md").read_text()
     assert "| 0.3000 ± 0.1414 |" in text and "| +200.0% ± 141.4% |" in text and "seeds 0, 1" in text
+
+
+def frame_of(first: str, *hits: float) -> pl.DataFrame:
+    return pl.DataFrame({"user_id": [first, *"bcdefghij"[: len(hits) - 1]], "hr@10": hits, "ndcg@10": [hit / 2 for hit in hits]})
+
+
+def test_a_users_lead_is_its_mean_over_seeds(monkeypatch):
+    """Leads (1, 0) and (-1, 0) of two users and seeds cancel for every user; (1, 1) and (0, 0) leave .5 to both."""
+    config = load_config([], ["name=toy", "run_dir=runs/toy"])
+    leads = {
+        "none": [frame_of("a", 1.0, 0.0), frame_of("a", -1.0, 0.0)], "some": [frame_of("a", 1.0, 1.0), frame_of("a", 0.0, 0.0)],
+        "one": [frame_of("a", 1.0, 1.0)],
+    }  # fmt: skip
+    by_seed = [{name: frames[seed] for name, frames in leads.items() if seed < len(frames)} for seed in (0, 1)]
+    told = iter([*by_seed, *by_seed])
+    monkeypatch.setattr(seeds, "user_leads", lambda _: next(told))
+    paired = pair_users({0: config, 1: config})
+    assert paired["none"]["hr@10"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert paired["some"]["hr@10"] == {"mean": 0.5, "low": 0.5, "high": 0.5} and paired["some"]["ndcg@10"]["mean"] == 0.25
+    assert set(paired) == {"none", "some"}
+    leads["none"][1] = frame_of("z", -1.0, 0.0)
+    told = iter([{"none": leads["none"][0]}, {"none": leads["none"][1]}])
+    with pytest.raises(ArtifactError, match="other test users"):
+        pair_users({0: config, 1: config})
 
 
 @pytest.mark.parametrize("text", ["", "0,0", "a", "-1", "0,,1", "0;1"])
