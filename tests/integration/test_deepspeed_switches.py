@@ -48,8 +48,14 @@ def test_settings_that_say_how_reach_deepspeed_and_leave_the_model_as_it_is(refe
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("tabulate") is None, reason="DeepSpeed's autotuner needs tabulate")
 def test_the_autotuner_measures_trials_and_leaves_the_run_alone(reference, new_run, tmp_path):
-    """Its profile run and one trial on two CPU ranks; LOCAL_SIZE is how it counts CPU ranks before it reads --num_gpus."""
+    """Its profile run and one trial on two CPU ranks; LOCAL_SIZE is how it counts CPU ranks before it reads --num_gpus.
+
+    It takes a CPU rank's activations from what a forward pass adds to the process's memory: of the toy's own they drown in what
+    the allocator keeps and gives back, and where the sum is negative nothing is tried. So the layers are wide, 168 MB of activations.
+    """
     config = copy_run(reference[0], new_run, *STAGE["inputs"], "embeddings", "model")
+    wide = replace(config.backbone.shape, intermediate_size=32_768)
+    config = replace(config, backbone=replace(config.backbone, shape=wide))
     before = file_hashes(config, "model")
     settings = {
         "train_micro_batch_size_per_gpu": [4],
@@ -65,7 +71,7 @@ def test_the_autotuner_measures_trials_and_leaves_the_run_alone(reference, new_r
     assert command.process.returncode == 0, command.log
     results = tmp_path / "autotuning_results"
     profiled = json.loads((results / "profile_model_info" / "model_info.json").read_text())
-    assert profiled["num_params"] > 0
+    assert profiled["num_params"] > 0 and profiled["activation_mem_per_gpu"] > 0
     (metrics,) = (json.loads(path.read_text()) for path in results.glob("z2_*/metrics.json"))
     assert metrics["throughput"] > 0
     best = json.loads((results / "ds_config_optimal.json").read_text())
