@@ -48,7 +48,7 @@ def test_a_shift_turns_a_latent_and_keeps_its_length_by_hand():
     torch.testing.assert_close(found, expected)
 
 
-def test_items_that_go_without_their_shift_are_drawn_anew_and_only_in_training():
+def test_items_that_go_without_their_shift_are_drawn_anew():
     turned = TurnedLatents(num_items=2000, latent_width=2)
     torch.nn.init.constant_(turned.shift.weight, 1.0)
     latents, rows = torch.tensor([1.0, -0.5]).expand(2000, 2)[..., None], torch.arange(2000)
@@ -57,15 +57,17 @@ def test_items_that_go_without_their_shift_are_drawn_anew_and_only_in_training()
     assert not (turned(latents, rows) == latents).all(2).all(1).any()
 
 
-def test_the_share_that_goes_without_is_the_configs_in_training_alone(world):
-    world.config.head.residual_drop = 1.0
+@pytest.mark.parametrize("num_negatives", [0, 40])
+def test_the_share_that_goes_without_is_the_configs_in_training_alone(world, num_negatives):
+    world.config.head.residual_drop, world.config.loss.num_negatives = 1.0, num_negatives
     model, batch = world.build_model().train(), pack(world)
     model(batch, 0)["negative"].backward()
     turned_inputs = model.turned.shift.weight.grad.abs().sum(1).nonzero()[:, 0].tolist()
     assert set(turned_inputs) <= set(batch.item_idx.tolist())  # through the inputs' own tokens, not the catalogue's vectors
     model.turned.shift.weight.grad = None
     model.eval()(batch, 0)["negative"].backward()
-    assert (model.turned.shift.weight.grad.abs().sum(1) > 0).all()
+    reached = set(model.turned.shift.weight.grad.abs().sum(1).nonzero()[:, 0].tolist())
+    assert reached > set(batch.item_idx.tolist())
 
 
 def test_frozen_is_the_default_and_has_no_weights_of_its_own(make_world):
