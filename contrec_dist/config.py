@@ -8,6 +8,7 @@ changes what is computed, and they are left out of every identity.
 Order of precedence: dataclass defaults < YAML files < key=value arguments.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional, Sequence
@@ -472,8 +473,13 @@ class ScoreConfig:
     transition_weights: list[float] = field(default_factory=lambda: [0.0], metadata=IDENTITY_IF_SET)
     "candidates for rho, the weight of what followed a user's newest items in training histories (section item_knn); the best "
     "with pi is taken"
+    new_item_bonuses: list[float] = field(default_factory=lambda: [0.0], metadata=IDENTITY_IF_SET)
+    "candidates for what is added to the score of items that training did not see; of those that cost no more than "
+    "new_item_cost the largest is taken, by the weights chosen at the smallest"
+    new_item_cost: float = field(default=0.005, metadata=IDENTITY_IF_SET)
+    "share of the best NDCG@10 on validation users that the bonus may cost"
     num_candidates: int = 100
-    "candidates a user that texts and transitions re-rank"
+    "candidates a user that texts, transitions and the bonus re-rank"
     users_per_part: int = 4096
     "users a part file: fixes which user lies in which part"
     batch_users: int = 128
@@ -487,6 +493,14 @@ class ScoreConfig:
     "interaction in order; always split 'next'"
     output: str = ""
     "folder for the lists; empty: recommendations/ in the run's folder, recommendations-<name> for a file of users"
+
+    def __post_init__(self):
+        for name in ("text_weights", "transition_weights", "new_item_bonuses"):
+            values = getattr(self, name)
+            if not values or not all(map(math.isfinite, values)):
+                raise ConfigError(f"score.{name}", values, "one or more finite numbers")
+        if not 0 <= self.new_item_cost < 1:
+            raise ConfigError("score.new_item_cost", self.new_item_cost, "a share from 0 up to below 1")
 
 
 @dataclass(kw_only=True, slots=True)

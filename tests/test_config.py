@@ -83,6 +83,15 @@ def test_a_wrong_value_is_refused_with_key_value_and_what_was_expected(argument,
     assert got in str(caught.value.got) and expected in caught.value.expected
 
 
+@pytest.mark.parametrize("name", ["text_weights", "transition_weights", "new_item_bonuses"])
+def test_candidates_for_a_weight_are_finite_and_at_least_one(name):
+    for wrong in ("[]", "[0.0,.nan]", "[.inf]"):
+        with pytest.raises(ConfigError, match=f"score.{name}.*one or more finite numbers"):
+            load_config([], ["name=x", f"score.{name}={wrong}"])
+    with pytest.raises(ConfigError, match="score.new_item_cost.*1.0"):
+        load_config([], ["name=x", "score.new_item_cost=1.0"])
+
+
 def test_a_run_without_a_name_is_refused():
     with pytest.raises(ConfigError, match="'name'.*nothing"):
         load_config([])

@@ -26,10 +26,13 @@ class HybridWeights:
     "pi: similarity of the text that the LLM wrote and the item's"
     transitions: float = 0.0
     "rho: what followed the newest items in training histories"
+    new_items: float = 0.0
+    "the bonus of items that training did not see"
 
 
 def rerank(frame: pl.DataFrame, view: str, weights: HybridWeights, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of CandidateFinder's candidates by the model's score + pi * text similarity + rho * transition score.
+    """The k best of CandidateFinder's candidates by the model's score + pi * text similarity + rho * transition score + the bonus
+    of items that training did not see.
 
     Shapes   -> scores (B, k), item_idx (B, k)
     """

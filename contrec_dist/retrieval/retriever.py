@@ -65,8 +65,8 @@ class Retriever:
     @property
     def num_candidates(self) -> int:
         """C: never fewer than are asked for, and no more where nothing re-ranks them."""
-        final = self.score.rank_by == "query" and self.score.reasoning == "none" and not any(self.score.transition_weights)
-        return self.score.k if final else max(self.score.num_candidates, self.score.k)
+        others = self.score.reasoning != "none" or any(self.score.transition_weights) or any(self.score.new_item_bonuses)
+        return self.score.k if self.score.rank_by == "query" and not others else max(self.score.num_candidates, self.score.k)
 
     def find(
         self, views: UserViews, condition: torch.Tensor, users: Users, seed: int, wanted: Sequence[str] = ("masked", "kept")

@@ -1,8 +1,8 @@
 """The score stage: batch Top-K for every user, on Ray -> recommendations/.
 
 Exactly-once parts over fixed user ranges read histories with the model, let the LLM write its reasoning where asked, and
-retrieve from the FAISS shards. Where pi, the weight of the text similarity, or rho, that of the transition score, is still to
-be chosen on validation users, the candidates are kept and a second pass re-ranks them; else there is one pass. Written is
+retrieve from the FAISS shards. Where pi, the weight of the text similarity, rho, that of the transition score, or the bonus of
+new items is still to be chosen on validation users, the candidates are kept and a second pass re-ranks them; else there is one pass. Written is
 
     <output>/split={validation,test,next}/seen={masked,kept}/part-000000.parquet     columns: recommendations.py
 
@@ -16,6 +16,7 @@ Cost     memory of driver and workers does not grow with the users of the catalo
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Iterator
@@ -160,10 +161,10 @@ class ScoreJob:
         ]
         found = self._run_parts(CandidateWriter, arguments, candidates, "candidate parts", self.work / CANDIDATES)
         weights, choice = choose_weights(self.config, self.work, self.users, self.ranges)
-        told = "weights of text (pi) %g and transitions (rho) %g, chosen on validation"
-        get_logger("score").info(told, weights.texts, weights.transitions)
+        told = "weights of text (pi) %g and transitions (rho) %g, bonus of new items %g, chosen on validation"
+        get_logger("score").info(told, weights.texts, weights.transitions, weights.new_items)
         arguments = {"candidates": self.work / CANDIDATES, "weights": weights, "versions": self.versions}
-        parts = self._parts(text_weight=weights.texts, transition_weight=weights.transitions)
+        parts = self._parts(weights=asdict(weights))
         return choice, found + self._run_parts(RecommendationWriter, arguments, parts, "parts")
 
     def _parts(self, **more) -> list[Part]:
@@ -187,26 +188,40 @@ class ScoreJob:
 
 
 def weight_grid(config: Config) -> list[HybridWeights]:
-    """Every pair of weights to choose from; no text weight where no text is written."""
+    """Every pair of weights to choose from, at the smallest bonus; no text weight where no text is written."""
     texts = [0.0] if config.score.reasoning == "none" else config.score.text_weights
-    return [HybridWeights(*pair) for pair in product(texts, config.score.transition_weights)]
+    return [HybridWeights(*pair, min(config.score.new_item_bonuses)) for pair in product(texts, config.score.transition_weights)]
 
 
 def known_weights(config: Config) -> HybridWeights | None:
-    """The weights where nothing is to be chosen: one pair to choose from, or no validation users to choose it on (0, 0)."""
+    """The weights where nothing is to be chosen: one of each to choose from, or no validation users to choose on (0, 0, 0)."""
     grid = weight_grid(config)
-    if len(grid) == 1:
+    if len(grid) == 1 and len(config.score.new_item_bonuses) == 1:
         return grid[0]
     if "validation" in config.score.splits:
         return None
-    told = "no validation users to choose among score.text_weights %s and score.transition_weights %s: neither counts"
-    get_logger("score").warning(told, config.score.text_weights, config.score.transition_weights)
+    told = "no validation users to choose among score.text_weights %s, score.transition_weights %s and score.new_item_bonuses %s: none counts"
+    get_logger("score").warning(told, config.score.text_weights, config.score.transition_weights, config.score.new_item_bonuses)
     return HybridWeights()
 
 
 def choose_weights(config: Config, work: Path, users: ScoredUsers, ranges: list[Range]) -> tuple[HybridWeights, dict]:
-    """The weights of the highest NDCG@10 on validation users (seen masked), the smaller ones on a tie; and describe_choice."""
-    totals, count = {weights: 0.0 for weights in weight_grid(config)}, 0
+    """The weights of the highest NDCG@10 on validation users (seen masked), the smaller ones on a tie; then the largest bonus of
+    new items that costs no more of it than score.new_item_cost; and describe_choice.
+    """
+    judge = partial(_validation_ndcg, work=work, users=users, ranges=ranges)
+    means = judge(weight_grid(config))
+    best = max(means, key=lambda one: (round(means[one], 6), -one.texts, -one.transitions))
+    with_bonus = [replace(best, new_items=bonus) for bonus in config.score.new_item_bonuses]
+    means |= judge([weights for weights in with_bonus if weights not in means])
+    enough = (1 - config.score.new_item_cost) * max(means[weights] for weights in with_bonus)
+    best = max((weights for weights in with_bonus if means[weights] >= enough), key=lambda one: one.new_items)
+    return best, describe_choice(best, means)
+
+
+def _validation_ndcg(grid: list[HybridWeights], work: Path, users: ScoredUsers, ranges: list[Range]) -> dict[HybridWeights, float]:
+    """{weights: mean NDCG@10 of the candidates on validation users, seen masked}."""
+    totals, count = dict.fromkeys(grid, 0.0), 0
     for part, (start, stop) in enumerate(ranges):
         frame = pl.read_parquet(work / CANDIDATES / candidate_name("validation", part))
         wanted = users.load("validation", start, stop).targets[:, None]
@@ -215,19 +230,24 @@ def choose_weights(config: Config, work: Path, users: ScoredUsers, ranges: list[
             _, item_idx = rerank(frame, "masked", weights, CHOICE_CUTOFF)
             _, place = np.nonzero(item_idx == wanted)
             totals[weights] += float((1 / np.log2(place + 2)).sum())
-    means = {weights: total / max(1, count) for weights, total in totals.items()}
-    best = max(means, key=lambda one: (round(means[one], 6), -one.texts, -one.transitions))
-    return best, describe_choice(best, means)
+    return {weights: total / max(1, count) for weights, total in totals.items()}
 
 
 def describe_choice(best: HybridWeights, means: dict[HybridWeights, float]) -> dict:
-    """{"text_weight", "transition_weight", and for each of them {weight: NDCG@10 beside the best of the other}}."""
-    texts = {str(one.texts): mean for one, mean in means.items() if one.transitions == best.transitions}
-    transitions = {str(one.transitions): mean for one, mean in means.items() if one.texts == best.texts}
+    """{"text_weight", "transition_weight", "new_item_bonus", and for each of them {weight: NDCG@10}}: of the first two beside the
+    best of the other, at the smallest bonus; of the bonus at the best of both.
+    """
+    plain = min((one.new_items for one in means), default=0.0)
+    grid = {one: mean for one, mean in means.items() if one.new_items == plain}
+    bonuses = {one: mean for one, mean in means.items() if (one.texts, one.transitions) == (best.texts, best.transitions)}
     return {
-        "text_weight": best.texts, "text_weight_ndcg": texts,
-        "transition_weight": best.transitions, "transition_weight_ndcg": transitions,
-    }  # fmt: skip
+        "text_weight": best.texts,
+        "text_weight_ndcg": {str(one.texts): mean for one, mean in grid.items() if one.transitions == best.transitions},
+        "transition_weight": best.transitions,
+        "transition_weight_ndcg": {str(one.transitions): mean for one, mean in grid.items() if one.texts == best.texts},
+        "new_item_bonus": best.new_items,
+        "new_item_bonus_ndcg": {str(one.new_items): mean for one, mean in bonuses.items()},
+    }
 
 
 def summarize_parts(parts: list[dict]) -> dict:

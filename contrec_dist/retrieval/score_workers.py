@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator, Sequence
 
+import numpy as np
 import polars as pl
 import torch
 
@@ -75,7 +76,7 @@ class StepClock:
 @dataclass
 class CandidateFinder:
     """Users of a range -> one row a user: user_idx, user_id, reason, {view}_items, {view}_scores, and as the config asks for
-    them {view}_texts and {view}_transitions.
+    them {view}_texts, {view}_transitions and {view}_new_items.
     """
 
     config: Config
@@ -83,6 +84,8 @@ class CandidateFinder:
     retriever: Retriever
     texts: TextSimilarity | None
     transitions: TransitionScores | None
+    is_new: np.ndarray | None
+    "(N,) bool: training did not see the item; None where that does not count"
     item_ids: pl.Series
 
     @classmethod
@@ -101,7 +104,8 @@ class CandidateFinder:
         writes = config.score.reasoning != "none"
         texts = TextSimilarity.open(config.folder("embeddings"), index.embeddings) if writes else None
         followed = TransitionScores.open(transitions, config.item_knn) if transitions else None
-        return cls(config, views, Retriever.open(config, index), texts, followed, index.items["item_id"])
+        is_new = (index.items["num_train"] == 0).to_numpy() if any(config.score.new_item_bonuses) else None
+        return cls(config, views, Retriever.open(config, index), texts, followed, is_new, index.items["item_id"])
 
     def find(self, split: str, start: int, stop: int, wanted: Sequence[str], clock: StepClock) -> pl.DataFrame:
         with clock.time("histories"):
@@ -121,6 +125,8 @@ class CandidateFinder:
                 if self.transitions is not None:
                     with clock.time("transitions"):
                         frame[f"{view}_transitions"] = self.transitions.scores(users, item_idx)
+                if self.is_new is not None:
+                    frame[f"{view}_new_items"] = self.is_new[item_idx].astype(np.float32)
         return pl.DataFrame(frame, schema_overrides={"reason": pl.String})
 
     def _read(self, users: Users) -> Reading:

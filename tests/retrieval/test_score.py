@@ -132,7 +132,8 @@ def choice_config(tmp_path) -> Config:
 
 def choose(config, folder, ranges) -> dict:
     weights, choice = choose_weights(config, folder, ScoredUsers.of_catalog(config.folder("catalog")), ranges)
-    assert (weights.texts, weights.transitions) == (choice["text_weight"], choice["transition_weight"])
+    chosen = (choice["text_weight"], choice["transition_weight"], choice["new_item_bonus"])
+    assert (weights.texts, weights.transitions, weights.new_items) == chosen
     return choice
 
 
@@ -185,6 +186,42 @@ def test_both_weights_are_chosen_together(choice_config, tmp_path):
     assert choice["transition_weight_ndcg"] == pytest.approx({"0.0": 1 / math.log2(3), "1.0": 1.0})
 
 
+def choose_bonus(config, folder, bonuses, cost) -> dict:
+    """Targets 1, 2 of users 0, 1. Item 9 is new and above the target of user 0 from a bonus of 0.5 on; item 1 is above it at 0."""
+    frame = candidate_frame([0, 1], [[1, 9], [2, 8]], [[1.0, 0.6], [1.0, 0.9]], [[0.0, 0.0], [0.0, 0.3]])
+    new = pl.Series([[0.0, 1.0], [0.0, 0.0]], dtype=pl.List(pl.Float32)).list.to_array(2)
+    write_candidates(folder, frame.with_columns(masked_new_items=new))
+    config.score.text_weights, config.score.new_item_bonuses, config.score.new_item_cost = [0.0, 1.0], bonuses, cost
+    return choose(config, folder, [(0, 2)])
+
+
+def test_the_bonus_of_new_items_is_the_largest_that_costs_no_more_than_allowed(choice_config, tmp_path):
+    half = (1 + 1 / math.log2(3)) / 2  # 0.815: one of two targets falls to the second place
+    choice = choose_bonus(choice_config, tmp_path, [0.5, 0.0, 0.3, 2.0], cost=0.005)
+    assert (choice["new_item_bonus"], choice["text_weight"]) == (0.3, 0.0)
+    assert choice["new_item_bonus_ndcg"] == pytest.approx({"0.0": 1.0, "0.3": 1.0, "0.5": half, "2.0": half})
+    assert choice["text_weight_ndcg"] == pytest.approx({"0.0": 1.0, "1.0": half}), "at the smallest bonus"
+    assert choose_bonus(choice_config, tmp_path, [0.5, 0.0, 0.3, 2.0], cost=0.2)["new_item_bonus"] == 2.0
+    assert choose_bonus(choice_config, tmp_path, [0.5, 1.0], cost=0.0)["new_item_bonus"] == 1.0
+
+
+def test_a_bonus_that_helps_is_taken_though_nothing_may_be_paid(choice_config, tmp_path):
+    frame = candidate_frame([0], [[9, 1]], [[1.0, 0.6]], [[0.0, 0.0]])
+    new = pl.Series([[0.0, 1.0]], dtype=pl.List(pl.Float32)).list.to_array(2)
+    write_candidates(tmp_path, frame.with_columns(masked_new_items=new))
+    choice_config.score.new_item_bonuses, choice_config.score.new_item_cost = [0.0, 1.0], 0.0
+    assert choose(choice_config, tmp_path, [(0, 1)])["new_item_bonus"] == 1.0
+
+
+def test_a_single_bonus_is_not_chosen_but_taken(choice_config):
+    choice_config.score.text_weights, choice_config.score.new_item_bonuses = [0.25], [1.5]
+    assert known_weights(choice_config) == HybridWeights(texts=0.25, new_items=1.5)
+    choice_config.score.new_item_bonuses = [0.0, 1.5]
+    assert known_weights(choice_config) is None
+    choice_config.score.splits = ["next"]
+    assert known_weights(choice_config) == HybridWeights()
+
+
 def test_a_single_text_weight_is_not_chosen_but_taken(choice_config):
     choice_config.score.text_weights = [0.25]
     for splits in (["next"], ["validation", "test"]):
@@ -214,7 +251,7 @@ def test_a_text_written_aside_changes_no_condition(views):
     for reasoning in ("generate", "aside", "none"):
         views.config.score.reasoning = reasoning
         texts = None if reasoning == "none" else object()  # asked for whether there is one, and no more
-        readings[reasoning] = CandidateFinder(views.config, views, None, texts, None, None)._read(users)
+        readings[reasoning] = CandidateFinder(views.config, views, None, texts, None, None, None)._read(users)
     assert readings["aside"].reasons == readings["generate"].reasons and any(readings["aside"].reasons)
     assert torch.equal(readings["aside"].condition, readings["none"].condition)
     assert not torch.allclose(readings["aside"].condition, readings["generate"].condition)

@@ -112,6 +112,20 @@ def test_a_thousand_items_a_user_equal_brute_force(world, filter_seen, tmp_path)
     assert len(lists_of(frame)["u7"]) == (900 if filter_seen else 1000)
 
 
+def test_a_bonus_lifts_the_items_that_training_did_not_see_and_no_others(world, tmp_path):
+    """Those without training interactions; brute force over queries and vectors, all items candidates."""
+    new = (pl.read_parquet(world.folder("catalog") / "items.parquet")["num_train"] == 0).to_numpy()
+    assert 100 < new.sum() < NUM_ITEMS - 100
+    products = _queries(world) @ np.load(world.folder("model") / "item_vectors.npy").T + 0.75 * new
+    for user, banned in enumerate(histories_of(world).values()):
+        products[user, banned] = -np.inf
+    lists = lists_of(scored(world, new_item_bonuses=[0.75], num_candidates=NUM_ITEMS, output=str(tmp_path / "out"))[0])
+    best = np.sort(products, axis=1)[:, ::-1][:, :10]
+    for row, items in enumerate(lists.values()):
+        np.testing.assert_allclose(products[row, [int(item[1:]) for item in items]], best[row], rtol=1e-4)
+    assert sum(items != lists[user] for user, items in lists_of(everyone(world)).items()) > NUM_USERS / 4
+
+
 def test_transitions_join_the_score_of_every_candidate(world, tmp_path):
     """Weight 3, all items candidates: brute force over queries, vectors and the fitted similarities."""
     frame, manifest = scored(world, transition_weights=[3.0], num_candidates=NUM_ITEMS, output=str(tmp_path / "out"))
