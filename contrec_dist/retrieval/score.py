@@ -200,8 +200,9 @@ def known_weights(config: Config) -> HybridWeights | None:
         return grid[0]
     if "validation" in config.score.splits:
         return None
-    told = "no validation users to choose among score.text_weights %s, score.transition_weights %s and score.new_item_bonuses %s: none counts"
-    get_logger("score").warning(told, config.score.text_weights, config.score.transition_weights, config.score.new_item_bonuses)
+    told = "no validation users to choose among score.%s: none counts"
+    names = ("text_weights", "transition_weights", "new_item_bonuses")
+    get_logger("score").warning(told, ", score.".join(f"{name} {getattr(config.score, name)}" for name in names))
     return HybridWeights()
 
 
@@ -228,7 +229,7 @@ def _validation_ndcg(grid: list[HybridWeights], work: Path, users: ScoredUsers, 
         count += len(frame)
         for weights in totals if len(frame) else ():
             _, item_idx = rerank(frame, "masked", weights, CHOICE_CUTOFF)
-            _, place = np.nonzero(item_idx == wanted)
+            place = np.nonzero(item_idx == wanted)[1]
             totals[weights] += float((1 / np.log2(place + 2)).sum())
     return {weights: total / max(1, count) for weights, total in totals.items()}
 
