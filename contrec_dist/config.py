@@ -322,8 +322,8 @@ class HeadConfig:
     item_residual: bool = True
     "a learned vector an item beside the projection of its latents; zero for items that training does not see"
     residual_drop: float = field(default=0.0, metadata=IDENTITY_IF_SET)
-    "share of items whose vectors go without it, and without what training turned their latents by, at a training step, so that the "
-    "tokenizer's latents describe them alone, as they must new items"
+    "share of items that are described as new ones at a training step: without their residual, without what training turned their "
+    "latents by, and by what the tokenizer makes of them without their collaborative part"
     new_item_bias: Literal["expected", "lowest"] = field(default="expected", metadata=IDENTITY_IF_SET)
     "bias of items that training does not see: what the softmax expects of an item of unknown residual and bias, or the "
     "lowest of all, which keeps them out of most lists"

@@ -108,7 +108,7 @@ class ToyWorld:
     def rows(self) -> TrainingRows:
         return TrainingRows(self.config, self.reader, self.texts, self.user_latents)
 
-    def build_model(self, seed: int = 0) -> ContRec:
+    def build_model(self, seed: int = 0, new_item_latents: torch.Tensor | None = None) -> ContRec:
         """A model in eval mode, every parameter moved off its (often zero) start."""
         torch.manual_seed(seed)
         latents = torch.from_numpy(self.item_latents)
@@ -121,6 +121,7 @@ class ToyWorld:
             latent_std=latents.std(0, correction=0),
             log_popularity=torch.linspace(-1, 0, WORLD_ITEMS),
             latent_noise=0.1,
+            new_item_latents=new_item_latents,
         )
         with torch.no_grad():
             for parameter in model.parameters():

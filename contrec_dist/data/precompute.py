@@ -1,8 +1,9 @@
 """Stage precompute: catalog, embeddings, tokenizer -> tokens/ (Ray).
 
 Writes   item_latents.npy (N, K, Z) float32, mu of every item as the tokenizer gives it; user_latents.npy (U, K, Z)
-         float32 when there are user embeddings and a user tokenizer; latent_mean.npy and latent_std.npy (K, Z) float32
-         over items with training interactions; shards/*.tar and index.parquet (see sharding/token_writer.py).
+         float32 when there are user embeddings and a user tokenizer; new_item_latents.npy (N, K, Z) float32, mu of every item
+         without its collaborative part, where head.residual_drop asks for it; latent_mean.npy and latent_std.npy (K, Z)
+         float32 over items with training interactions; shards/*.tar and index.parquet (see sharding/token_writer.py).
 Promise  Ranges of items and users are fixed by the config, each is one exactly-once part (sharding/ray_jobs.py):
          the bytes depend neither on the number of workers nor on interruptions. Every value is finite.
 Cost     Memory of a process: the latents of items_per_part items or the users of one shard, plus the index
@@ -12,12 +13,14 @@ Cost     Memory of a process: the latents of items_per_part items or the users o
 import os
 import shutil
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import polars as pl
 
 from contrec_dist.config import Config
+from contrec_dist.data.latents import encodes_new_items
+from contrec_dist.embeddings.layout import read_layout
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import Manifest, run_stage
 from sharding.partition import part_ranges
@@ -28,6 +31,8 @@ STAGE = "precompute"
 INDEX_PARTS = ".index_parts"
 LATENT_PARTS = ".latent_parts"
 MIN_STD = 1e-6
+TABLES = {"item": "item", "user": "user", "new_item": "item"}
+"what is encoded: the embeddings and the tokenizer of which table"
 CHUNK_ROWS = 65536
 ROW_GROUP_ROWS = 262144
 
@@ -41,6 +46,7 @@ def run(config: Config) -> Manifest:
         sections=("precompute",),
         inputs=("catalog", "embeddings", "tokenizer"),
         build=_build,
+        extra_identity={"new_item_latents": True} if encodes_new_items(config) else {},
     )
 
 
@@ -50,19 +56,22 @@ def _build(config: Config, work: Path) -> dict:
     num_users = _check_rows(config, "users")
     has_user_tokens = _has_user_tokens(config)
     with ray_session(config.ray):
-        _encode_tables(config, work, {"item": num_items, **({"user": num_users} if has_user_tokens else {})})
+        kinds = {"item": True, "user": has_user_tokens, "new_item": encodes_new_items(config)}
+        num_rows = {kind: num_users if kind == "user" else num_items for kind, wanted in kinds.items() if wanted}
+        _encode_tables(config, work, num_rows)
         _write_statistics(config, work)
         parts = _cut_users(num_users, config.precompute.users_per_shard)
         _write_shards(config, work, parts)
     hashes = read_part_hashes(work, parts)
     remove_part_records(work)
-    return _describe(work, has_user_tokens, hashes)
+    return _describe(work, num_rows, hashes)
 
 
 class LatentEncoder:
     """Ray worker: rows of an embedding table -> their latents (rows, K, Z) float32 in one .npy file.
 
-    `kind` of a payload is "item" or "user": {kind}s.npy is encoded with {kind}_tokenizer, loaded at its first part.
+    `kind` of a payload is "item" or "user": {kind}s.npy is encoded with {kind}_tokenizer, loaded at its first part; or
+    "new_item": items as if nobody had met them, their collaborative columns at 0.
     """
 
     def __init__(self, embeddings_folder: Path, tokenizer_folder: Path, batch_rows: int, device: str):
@@ -74,7 +83,7 @@ class LatentEncoder:
         """Encode rows start..stop in batches that begin at start, so the bits are the same on every worker."""
         kind, start, stop = payload["kind"], payload["start"], payload["stop"]
         if kind not in self.tokenizers:
-            self.tokenizers[kind] = self._load(kind)
+            self.tokenizers[kind] = self._load(TABLES[kind])
         firsts = range(start, stop, self.batch_rows)
         batches = [self._encode(kind, first, min(first + self.batch_rows, stop)) for first in firsts]
         with open(path, "wb") as file:
@@ -93,8 +102,10 @@ class LatentEncoder:
     def _encode(self, kind: str, start: int, stop: int) -> np.ndarray:
         import torch
 
-        path = self.embeddings_folder / f"{kind}s.npy"
+        path = self.embeddings_folder / f"{TABLES[kind]}s.npy"
         rows = np.array(np.load(path, mmap_mode="r")[start:stop], dtype=np.float32)
+        if kind == "new_item":
+            rows[:, read_layout(self.embeddings_folder)["collaborative"]] = 0.0
         with torch.no_grad():
             encoded = self.tokenizers[kind].encode(torch.from_numpy(rows).to(self.device))  # (B, E) -> (B, K, Z)
         latents = encoded.float().cpu().numpy()
@@ -259,10 +270,10 @@ def _check_histories(path: Path, histories: pl.DataFrame, payload: dict, num_ite
         raise ArtifactError(path, got, f"items in 0..{num_items - 1} and positions inside the history")
 
 
-def _describe(work: Path, has_user_tokens: bool, hashes: dict[str, str]) -> dict:
+def _describe(work: Path, kinds: Iterable[str], hashes: dict[str, str]) -> dict:
     """Facts for the manifest. `hashes`: the sha256 of shards that were taken when they were written."""
     index = pl.read_parquet(work / "index.parquet")
-    names = ["item_latents", "latent_mean", "latent_std"] + ["user_latents"] * has_user_tokens
+    names = ["item_latents", "latent_mean", "latent_std", *(f"{kind}_latents" for kind in kinds if kind != "item")]
     arrays = {f"{name}.npy": np.load(work / f"{name}.npy", mmap_mode="r") for name in names}
     files = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
     files["index.parquet"] = {"rows": len(index)}
@@ -278,5 +289,5 @@ def _describe(work: Path, has_user_tokens: bool, hashes: dict[str, str]) -> dict
         "num_users": len(index),
         "num_shards": index["shard"].n_unique(),
         "num_interactions": index["num_items"].sum(),
-        "user_tokens": has_user_tokens,
+        "user_tokens": "user" in kinds,
     }

@@ -18,21 +18,19 @@ class ItemTable(nn.Module):
 
     Items that training does not see, those whose `log_popularity` is -inf and every item_idx past the catalogue, have no
     residual and the bias `new_item_bias`, the lowest of the others where it is None; in training they are nobody's
-    negatives. `residual_drop` is the share of items that must do without their residual at a training step, as such items
-    must.
-    Shapes   latents: (n, K*Z) normalised, item_idx: (n,) -> vectors (n, Q), bias (n,)
+    negatives.
+    Shapes   latents: (n, K*Z) normalised, item_idx: (n,), as_new: (n,) bool, items without their residual in training, as such
+             items are -> vectors (n, Q), bias (n,)
     """
 
     def __init__(
-        self, *, num_items: int, latent_width: int, query_dim: int, residual: bool, log_popularity: Tensor,
-        residual_drop: float = 0.0,
+        self, *, num_items: int, latent_width: int, query_dim: int, residual: bool, log_popularity: Tensor
     ):  # fmt: skip
         super().__init__()
         self.project = nn.Sequential(
             nn.Linear(latent_width, 2 * query_dim), nn.SiLU(), nn.Linear(2 * query_dim, query_dim)
         )
         self.residual = nn.Embedding(num_items, query_dim) if residual else None
-        self.residual_drop = residual_drop
         self.new_item_bias: float | None = None
         self._lowest_bias: float | None = None
         self.bias = nn.Embedding(num_items, 1)
@@ -42,12 +40,12 @@ class ItemTable(nn.Module):
         with torch.no_grad():
             self.bias.weight.copy_(log_popularity.masked_fill(~self.trained, 0.0)[:, None])
 
-    def forward(self, latents: Tensor, item_idx: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, latents: Tensor, item_idx: Tensor, as_new: Tensor | None = None) -> tuple[Tensor, Tensor]:
         vectors = self.project(latents)
         if not self.training:
             return self._describe(vectors, item_idx)
         if self.residual is not None:
-            vectors = vectors + _drop_rows(self.residual(item_idx), self.residual_drop)
+            vectors = vectors + _without(self.residual(item_idx), as_new)
         return vectors, self.bias(item_idx)[:, 0].masked_fill(~self.trained[item_idx], -torch.inf)
 
     def _describe(self, vectors: Tensor, item_idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +90,9 @@ class ItemTable(nn.Module):
 class TurnedLatents(nn.Module):
     """Latents that training goes on with after the tokenizer: z -> (z + shift) at the length of z.
 
-    The shift of an item that training does not see stays zero; `drop` is the share of items that go without theirs, as such items
-    must. Lengths are kept so that the latents stay at the scale which the noise schedule is made for.
-    Shapes   latents (n, K, Z) normalised, item_idx (n,) -> (n, K, Z)
+    The shift of an item that training does not see stays zero; those of `as_new` go without theirs, as such items do.
+    Lengths are kept so that the latents stay at the scale which the noise schedule is made for.
+    Shapes   latents (n, K, Z) normalised, item_idx (n,), as_new (n,) bool -> (n, K, Z)
     """
 
     def __init__(self, *, num_items: int, latent_width: int):
@@ -102,9 +100,9 @@ class TurnedLatents(nn.Module):
         self.shift = nn.Embedding(num_items, latent_width)
         nn.init.zeros_(self.shift.weight)
 
-    def forward(self, latents: Tensor, item_idx: Tensor, drop: float = 0.0) -> Tensor:
+    def forward(self, latents: Tensor, item_idx: Tensor, as_new: Tensor | None = None) -> Tensor:
         flat = latents.flatten(1)
-        turned = flat + _drop_rows(self.shift(item_idx), drop)
+        turned = flat + _without(self.shift(item_idx), as_new)
         lengths, now = (torch.linalg.vector_norm(one, dim=1, keepdim=True) for one in (flat, turned))
         return (turned * (lengths / now.clamp(min=1e-6))).view_as(latents)
 
@@ -143,8 +141,6 @@ class ContinuousInputs(nn.Module):
         return self.project_user(latents)
 
 
-def _drop_rows(rows: Tensor, share: float) -> Tensor:
-    """The rows, that share of them drawn anew as zeros. (n, C) -> (n, C)"""
-    if share == 0.0:
-        return rows
-    return rows * (torch.rand(len(rows), 1, device=rows.device) >= share)
+def _without(rows: Tensor, dropped: Tensor | None) -> Tensor:
+    """The rows, zeros where dropped. rows (n, C), dropped (n,) bool -> (n, C)"""
+    return rows if dropped is None else rows.masked_fill(dropped[:, None], 0.0)

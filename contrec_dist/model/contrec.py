@@ -27,7 +27,8 @@ class ContRec(nn.Module):
 
     `item_latents` (N, K, Z) are the catalogue's raw latents: a plain tensor, not trained, not saved with the weights and
     not needed (None) to read histories, which bring their own latents. With `head.latents: trained` a learned shift an item turns
-    them in training; an export holds the turned ones, and its model takes latents as they come.
+    them in training; an export holds the turned ones, and its model takes latents as they come. `new_item_latents` (N, K, Z), raw:
+    what the tokenizer makes of the items without their collaborative part; training alone reads them (`head.residual_drop`).
     `latent_mean`, `latent_std` (K, Z) normalise all latents to unit variance.
     `fused_items`: an item is one position of the LLM (prompt.item_layout).
     """
@@ -47,6 +48,7 @@ class ContRec(nn.Module):
         latent_noise: float,
         user_tokens: bool,
         fused_items: bool = False,
+        new_item_latents: Tensor | None = None,
     ):
         super().__init__()
         num_tokens, latent_dim = latent_mean.shape
@@ -56,7 +58,7 @@ class ContRec(nn.Module):
         self.backbone = backbone
         self.register_buffer("latent_mean", latent_mean.clone())
         self.register_buffer("latent_std", latent_std.clone())
-        self._catalogue = item_latents
+        self._catalogue, self._new_catalogue = item_latents, new_item_latents
         self.inputs = ContinuousInputs(
             num_item_tokens=1 if fused_items else num_tokens,
             latent_dim=num_tokens * latent_dim if fused_items else latent_dim,
@@ -70,7 +72,6 @@ class ContRec(nn.Module):
             latent_width=num_tokens * latent_dim,
             query_dim=head.query_dim,
             residual=head.item_residual,
-            residual_drop=head.residual_drop,
             log_popularity=log_popularity,
         )
         self.turned = TurnedLatents(num_items=num_items, latent_width=num_tokens * latent_dim) if head.latents == "trained" else None
@@ -122,17 +123,16 @@ class ContRec(nn.Module):
 
     def _training_table(self, batch: PackedBatch, generator: torch.Generator) -> "TrainingTable":
         """Item vectors of the whole catalogue, or of the inputs, targets and drawn negatives of this micro-batch."""
-        device, drop = batch.tokens.device, self.head_config.residual_drop if self.training else 0.0
+        device = batch.tokens.device
         if self.loss_config.num_negatives == 0:
-            latents = self.catalogue(device, drop).flatten(1)
-            vectors, bias = self.items(latents, torch.arange(self.num_items, device=device))
+            vectors, bias = self._describe(torch.arange(self.num_items, device=device))
             return TrainingTable(vectors, bias, batch.item_idx, batch.target_idx, None, None)
         negatives = torch.randint(
             self.num_items, (self.loss_config.num_negatives,), generator=generator, device=device
         )
         wanted = torch.cat([batch.item_idx, batch.target_idx, negatives])
         rows, place = torch.unique(wanted, return_inverse=True)
-        vectors, bias = self.items(self._read_latents(rows, drop).flatten(1), rows)
+        vectors, bias = self._describe(rows)
         inputs, targets, drawn = place.split([len(batch.item_idx), len(batch.target_idx), len(negatives)])
         return TrainingTable(vectors, bias, inputs, targets, drawn, negatives)
 
@@ -208,10 +208,10 @@ class ContRec(nn.Module):
         """Raw latents to zero mean and unit variance, fp32. (..., K, Z) -> (..., K, Z)"""
         return (latents.float() - self.latent_mean) / self.latent_std
 
-    def catalogue(self, device: torch.device, drop: float = 0.0) -> Tensor:
-        """Normalised latents of every item, as they are now; that share of them as the tokenizer made them. -> (N, K, Z) float32"""
+    def catalogue(self, device: torch.device) -> Tensor:
+        """Normalised latents of every item, as they are now. -> (N, K, Z) float32"""
         latents = self.normalise(self._catalogue.to(device))
-        return self._turn(latents, torch.arange(len(latents), device=device), drop)
+        return self._turn(latents, torch.arange(len(latents), device=device))
 
     @torch.no_grad()
     def raw_catalogue(self) -> Tensor:
@@ -220,13 +220,27 @@ class ContRec(nn.Module):
             return self._catalogue
         return (self.catalogue(self.latent_mean.device) * self.latent_std + self.latent_mean).cpu()
 
-    def _read_latents(self, rows: Tensor, drop: float = 0.0) -> Tensor:
-        """Normalised latents of some items, as they are now. rows (n,) -> (n, K, Z) float32"""
-        return self._turn(self.normalise(self._catalogue[rows.cpu()].to(rows.device)), rows, drop)
+    def _describe(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors and biases of some items; in training a share of them, drawn anew, as if nobody had met them.
 
-    def _turn(self, latents: Tensor, item_idx: Tensor, drop: float = 0.0) -> Tensor:
-        """Normalised latents as training has turned them. (n, K, Z), (n,) -> (n, K, Z)"""
-        return latents if self.turned is None else self.turned(latents, item_idx, drop)
+        Those have the latents of the tokenizer, made without their collaborative part where there are such, and no residual.
+        Shapes   rows (n,), rising, each once -> (n, Q), (n,)
+        """
+        share, as_new = self.head_config.residual_drop if self.training else 0.0, None
+        latents = self._pick(self._catalogue, rows)
+        if share:
+            as_new = torch.rand(len(rows), device=rows.device) < share
+            if self._new_catalogue is not None:
+                latents = torch.where(as_new[:, None, None], self._pick(self._new_catalogue, rows), latents)
+        return self.items(self._turn(latents, rows, as_new).flatten(1), rows, as_new)
+
+    def _pick(self, table: Tensor, rows: Tensor) -> Tensor:
+        """Normalised rows of a raw table (N, K, Z), rising and each once, without a copy where they are all. -> (n, K, Z)"""
+        return self.normalise((table if len(rows) == len(table) else table[rows.cpu()]).to(rows.device))
+
+    def _turn(self, latents: Tensor, item_idx: Tensor, as_new: Tensor | None = None) -> Tensor:
+        """Normalised latents as training has turned them. (n, K, Z), (n,), (n,) bool -> (n, K, Z)"""
+        return latents if self.turned is None else self.turned(latents, item_idx, as_new)
 
     def autocast(self, device: torch.device):
         """bf16 matrix products where the config and the hardware say so."""
@@ -242,7 +256,7 @@ class ContRec(nn.Module):
         parts = []
         for start in range(0, self.num_items, chunk_rows):
             rows = torch.arange(start, min(start + chunk_rows, self.num_items), device=device)
-            vectors, bias = self.items(self._read_latents(rows).flatten(1), rows)
+            vectors, bias = self._describe(rows)
             parts.append(torch.cat([vectors, bias[:, None]], dim=1).float())
         return torch.cat(parts)
 

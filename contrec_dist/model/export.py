@@ -33,6 +33,7 @@ CHUNK_ITEMS = 65_536
 def build_model(
     config: Config, *, vocab_size: int, item_latents: Tensor | None, num_items: int, latent_mean: Tensor,
     latent_std: Tensor, log_popularity: Tensor, latent_noise: float, backbone: nn.Module | None = None,
+    new_item_latents: Tensor | None = None,
 ) -> ContRec:
     """A fresh model of the config, around `backbone` or the one of the config.
 
@@ -51,6 +52,7 @@ def build_model(
         latent_noise=latent_noise,
         user_tokens=config.prompt.user_tokens,
         fused_items=config.prompt.item_layout == "fused",
+        new_item_latents=new_item_latents,
     )
 
 

@@ -8,7 +8,6 @@ Guarantees   the probes are measured on the tokenizer as it was read back from t
 Cost         see fit.py and probes.py.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from contrec_dist.config import Config
 from contrec_dist.data.catalog import load_items
+from contrec_dist.embeddings.layout import read_layout
 from contrec_dist.errors import ArtifactError
 from contrec_dist.manifest import Manifest, run_stage, write_json
 from contrec_dist.progress import get_logger
@@ -77,12 +77,11 @@ def _find_collaborative(config: Config) -> slice | None:
     """The items' collaborative columns, where they have text beside them: without it nothing is left when they are dropped."""
     if config.tokenizer.collaborative_drop == 0:
         return None
-    layout = json.loads((config.folder("embeddings") / "layout.json").read_text())
-    collaborative, text = slice(*layout["collaborative"]), slice(*layout["text"])
-    both = all(part.stop > part.start for part in (collaborative, text))
+    layout = read_layout(config.folder("embeddings"))
+    both = all(part.stop > part.start for part in layout.values())
     if not both:
         get_logger("tokenize").info("tokenizer.collaborative_drop has no effect: items have one part only")
-    return collaborative if both else None
+    return layout["collaborative"] if both else None
 
 
 def _fit_and_save(

@@ -17,7 +17,7 @@ import torch
 
 from contrec_dist.config import Config
 from contrec_dist.data.batches import TrainingRows
-from contrec_dist.data.latents import item_latents_path
+from contrec_dist.data.latents import item_latents_path, load_new_item_latents
 from contrec_dist.data.prompts import RESPONSE_TEXTS, PromptTexts
 from contrec_dist.manifest import IDENTITY_NAME, Manifest, run_stage, write_json
 from contrec_dist.model.backbone import load_text_tokenizer, train_text_tokenizer
@@ -167,6 +167,7 @@ class TrainingData:
 
     rows: TrainingRows
     item_latents: torch.Tensor
+    new_item_latents: torch.Tensor | None
     latent_mean: torch.Tensor
     latent_std: torch.Tensor
     num_train: np.ndarray
@@ -177,10 +178,11 @@ class TrainingData:
         tokens = config.folder("tokens")
         items = pl.read_parquet(config.folder("catalog") / "items.parquet")
         texts = PromptTexts(items, tokenizer, config.prompt)
-        reader = TokenReader(tokens, shards=open_shards(config))
+        reader, new = TokenReader(tokens, shards=open_shards(config)), load_new_item_latents(config)
         return cls(
             rows=TrainingRows(config, reader, texts, load_user_latents(config)),
             item_latents=torch.from_numpy(np.load(tokens / "item_latents.npy")),
+            new_item_latents=None if new is None else torch.from_numpy(new),
             latent_mean=torch.from_numpy(np.load(tokens / "latent_mean.npy")),
             latent_std=torch.from_numpy(np.load(tokens / "latent_std.npy")),
             num_train=items["num_train"].to_numpy(),
@@ -195,6 +197,7 @@ class TrainingData:
             config,
             vocab_size=self.vocab_size,
             item_latents=self.item_latents,
+            new_item_latents=self.new_item_latents,
             num_items=len(self.item_latents),
             latent_mean=self.latent_mean,
             latent_std=self.latent_std,

@@ -12,10 +12,10 @@ import pytest
 import torch
 import webdataset
 
-from contrec_dist.config import Config, PrecomputeConfig, RayConfig, TokenizerConfig
+from contrec_dist.config import Config, HeadConfig, PrecomputeConfig, RayConfig, TokenizerConfig
 from contrec_dist.data.precompute import LatentEncoder, ShardWriter, run
 from contrec_dist.errors import ArtifactError
-from contrec_dist.manifest import Manifest, run_stage
+from contrec_dist.manifest import Manifest, run_stage, write_json
 from contrec_dist.tokenizer.sigma_vae import SigmaVAE
 from sharding.token_reader import TokenReader
 
@@ -69,6 +69,7 @@ def write_inputs(config: Config, *, user_width=0, histories=None, bad_row=-1, nu
     def build_embeddings(_, work):
         np.save(work / "items.npy", embeddings)
         np.save(work / "users.npy", users)
+        write_json(work / "layout.json", {"collaborative": [0, 3], "text": [3, WIDTH]})
         return {}
 
     def build_tokenizer(_, work):
@@ -183,6 +184,29 @@ def test_killed_at_several_points_and_run_again_gives_the_same_bytes(undisturbed
     run(make_config(tmp_path, ray=RayConfig(num_workers=1)))  # nor does the number of workers change a byte
     assert digests(config.folder("tokens")) == digests(undisturbed.folder("tokens"))
     Manifest.load(config.folder("tokens")).check_files(config.folder("tokens"), deep=True)
+
+
+def test_items_as_if_nobody_had_met_them_are_encoded_where_the_model_asks_for_them(undisturbed, tmp_path, ray_cluster):
+    config = make_config(tmp_path, head=HeadConfig(residual_drop=0.3))
+    write_inputs(config, user_width=USER_WIDTH)
+    assert "new_item_latents.npy" in run(config).files
+    rows = np.load(config.folder("embeddings") / "items.npy")
+    rows[:, :3] = 0.0
+    tokenizer = SigmaVAE.load(config.folder("tokenizer"), "item_tokenizer")
+    with torch.no_grad():
+        expected = tokenizer.encode(torch.from_numpy(rows))
+    found = np.load(config.folder("tokens") / "new_item_latents.npy")
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-6, rtol=1e-5)
+    others = digests(config.folder("tokens"))
+    del others["new_item_latents.npy"]
+    assert others == digests(undisturbed.folder("tokens"))
+
+
+def test_tokens_without_them_are_made_again_when_the_model_asks(tmp_path, ray_cluster):
+    config = make_config(tmp_path)
+    write_inputs(config)
+    run(config)
+    assert "new_item_latents.npy" in run(make_config(tmp_path, head=HeadConfig(residual_drop=0.3))).files
 
 
 def test_without_user_embeddings_or_trained_items_the_rest_is_there(tmp_path, ray_cluster):

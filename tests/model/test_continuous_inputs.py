@@ -8,13 +8,12 @@ from contrec_dist.model.continuous_inputs import MARKER_ITEM, MARKER_USER, Conti
 N, K, Z, Q, WIDTH = 9, 3, 2, 4, 8
 
 
-def make_table(residual=True, residual_drop=0.0, unseen=()) -> ItemTable:
+def make_table(residual=True, unseen=()) -> ItemTable:
     torch.manual_seed(0)
     log_popularity = torch.linspace(-2, 0, N)
     log_popularity[list(unseen)] = -torch.inf
     return ItemTable(
-        num_items=N, latent_width=K * Z, query_dim=Q, residual=residual, log_popularity=log_popularity,
-        residual_drop=residual_drop,
+        num_items=N, latent_width=K * Z, query_dim=Q, residual=residual, log_popularity=log_popularity
     )  # fmt: skip
 
 
@@ -73,12 +72,12 @@ def test_an_item_that_training_does_not_see_is_described_as_one_that_joins_later
     torch.testing.assert_close(bias, torch.full((4,), -1.75))
 
 
-def test_residuals_are_dropped_item_by_item_in_training_only():
-    table, latents, rows = make_table(residual_drop=0.5), torch.randn(N, K * Z), torch.arange(N)
-    plain = table.project(latents)
-    dropped = ((table.train()(latents, rows)[0] - plain).abs().sum(1) < 1e-6).sum()
-    assert 0 < dropped < N
-    torch.testing.assert_close(table.eval()(latents, rows)[0], plain + table.residual.weight)
+def test_items_taken_for_new_ones_have_no_residual_and_keep_their_bias():
+    table, latents, rows = make_table().train(), torch.randn(N, K * Z), torch.arange(N)
+    as_new = rows % 3 == 0
+    vectors, bias = table(latents, rows, as_new)
+    torch.testing.assert_close(vectors, table.project(latents) + table.residual.weight * ~as_new[:, None])
+    torch.testing.assert_close(bias, torch.linspace(-2, 0, N))
 
 
 def test_training_refuses_items_outside_the_catalogue():

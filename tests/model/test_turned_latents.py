@@ -48,13 +48,14 @@ def test_a_shift_turns_a_latent_and_keeps_its_length_by_hand():
     torch.testing.assert_close(found, expected)
 
 
-def test_items_that_go_without_their_shift_are_drawn_anew():
-    turned = TurnedLatents(num_items=2000, latent_width=2)
+def test_items_taken_for_new_ones_keep_the_tokenizers_latents():
+    turned = TurnedLatents(num_items=6, latent_width=2)
     torch.nn.init.constant_(turned.shift.weight, 1.0)
-    latents, rows = torch.tensor([1.0, -0.5]).expand(2000, 2)[..., None], torch.arange(2000)
-    first, second = ((turned(latents, rows, 0.3) == latents).all(2).all(1) for _ in range(2))
-    assert 0.25 < first.float().mean() < 0.35 and (first != second).any()
-    assert not (turned(latents, rows) == latents).all(2).all(1).any()
+    latents, rows = torch.tensor([1.0, -0.5]).expand(6, 2)[..., None], torch.arange(6)
+    as_new = rows % 2 == 0
+    found = turned(latents, rows, as_new)
+    assert ((found == latents).all(2).all(1) == as_new).all()
+    torch.testing.assert_close(found[~as_new], turned(latents, rows)[~as_new])
 
 
 @pytest.mark.parametrize("num_negatives", [0, 40])
