@@ -5,9 +5,9 @@ each cluster varies along few directions of its own (as real item vectors do, wh
 plus noise in all directions; rows are scaled to unit length. Queries are further draws of the same mixture, none of
 them in the catalogue (of a file: rows of it, held out). Recall is measured on queries that the build has not seen.
 
-Exact search is given its own best: the product's path (FAISS, blocked fp32 products), and bf16 products by torch whose
-best candidates are scored again in fp32. The measured searches take turns, so that a slow moment of the machine meets
-all of them.
+Exact search is given its own best: the product's path (FAISS, blocked fp32 products), and, on a CPU with bf16 instructions,
+bf16 products by torch whose best candidates are scored again in fp32. The measured searches take turns, so that a slow
+moment of the machine meets all of them.
 """
 
 import os
@@ -96,6 +96,7 @@ def measure_index(parsed, vectors: np.ndarray, queries: np.ndarray, folder: Path
     import torch
 
     from contrec_dist.benchmarks.machine import matmul_flops_per_second
+    from contrec_dist.model.backbone import has_fast_bf16
 
     cut = min(parsed.recall_queries, len(queries) // 2)  # a file may hold few
     tune_queries, queries = queries[:cut], queries[cut:]
@@ -105,14 +106,16 @@ def measure_index(parsed, vectors: np.ndarray, queries: np.ndarray, folder: Path
     split, split_facts = build_index(parsed, vectors, tune_queries, folder / "split", parsed.factory, parsed.num_shards)
     searches = {"exact": lambda: flat.search(few, K), "one shard": lambda: one.search(queries, K)}
     searches |= {f"{parsed.num_shards} shards": lambda: split.search(queries, K)}
-    if parsed.metric == "inner_product":
+    precisions = {"fp32": torch.float32}
+    if parsed.metric == "inner_product" and has_fast_bf16(torch.device("cpu")):
+        precisions["bf16"] = torch.bfloat16
         searches["bf16"] = lambda: search_bf16(few, bf16_vectors, vectors)
         bf16_vectors = torch.from_numpy(np.ascontiguousarray(vectors)).bfloat16()
     answers, seconds = {}, {name: [] for name in searches}
-    rates = {"fp32": [], "bf16": []}
+    rates = {name: [] for name in precisions}
     for _ in range(parsed.repeats):
-        rates["fp32"].append(matmul_flops_per_second(torch.float32, repeats=3))
-        rates["bf16"].append(matmul_flops_per_second(torch.bfloat16, repeats=3))
+        for name, dtype in precisions.items():
+            rates[name].append(matmul_flops_per_second(dtype, repeats=3))
         for name, search in searches.items():
             started = time.perf_counter()
             answers[name] = search()[1]
@@ -231,8 +234,9 @@ def print_figures(figures: dict) -> None:
     console = Console(width=150)
     console.print(table)
     rates = figures["flops_per_second"]
+    products = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {name}" for name, rate in rates.items())
     console.print(
-        f"matrix products: {rates['fp32'] / 1e9:.0f} GFLOP/s fp32, {rates['bf16'] / 1e9:.0f} bf16; exact search at "
+        f"matrix products: {products}; exact search at "
         f"{figures['exact_share_of_fp32']:.0%} of fp32; split shards at {figures['split_share_of_one']:.0%} of one"
     )
 
