@@ -6,7 +6,8 @@ history makes the item likely:
     log p(i | h) ~ log p(i) + 1/2 * integral over log-SNR of SNR * E[ |mu_i - x0(z_t, null)|^2 - |mu_i - x0(z_t, h)|^2 ]
 
 The noise is shared by all candidates, so that its error cancels in the order; the null part depends on the item alone.
-Cost     (B * C + unique items) * levels * draws calls of the denoiser, batched.
+Cost     (B * C + unique items) * levels * draws calls of the denoiser, at one noise level and by chunks of whole users, so that
+         its modulation is computed once a user, as in sampling.
 Source   I-MMSE: Guo, Shamai, Verdu, arXiv cs/0412108; diffusion as a classifier: arXiv 2303.16203
 """
 
@@ -20,9 +21,9 @@ from torch import Tensor
 from contrec_dist.model.noise_schedule import NoiseSchedule
 
 LOG_SNR_RANGE = (-6.0, 4.0)
-CHUNK_ROWS = 16384
+CHUNK_ROWS = 2048  # latents that are denoised at a time: they fit a core's cache
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"(z (n, D), step (n,), condition (n, W) or None for the null one) -> x0 (n, D)"
+"(z (C, b, D), step (1,), condition (b, W), or None for the null one and b = 1) -> x0 (C, b, D)"
 
 
 @dataclass(frozen=True)
@@ -55,31 +56,30 @@ def likelihood_gain(
     Shapes   latents (M, D) of the items that occur, condition (B, W), candidates (B, C) rows of `latents` -> (B, C) float64
     Units    nats
     """
-    num_users, count = candidates.shape
-    rows = candidates.flatten()
-    repeated = condition.repeat_interleave(count, dim=0)  # (B * C, W)
-    gain = torch.zeros(len(rows), dtype=torch.float64, device=latents.device)
-    for step, weight in zip(levels.steps.to(latents.device), levels.weights.tolist()):
+    gain = torch.zeros(candidates.shape, dtype=torch.float64, device=latents.device)
+    users_at_once = max(1, CHUNK_ROWS // candidates.shape[1])
+    for step, weight in zip(levels.steps.to(latents.device)[:, None], levels.weights.tolist()):
         for _ in range(num_draws):
-            noise = torch.randn(1, latents.shape[1], generator=generator).to(latents.device)
-            blind = _errors(denoise, schedule, latents, None, noise, step)[rows]
-            told = _errors(denoise, schedule, latents[rows], repeated, noise, step)
-            gain += weight / num_draws * (blind - told)
-    return gain.view(num_users, count)
+            noise = torch.randn(latents.shape[1], generator=generator).to(latents.device)
+            noised = schedule.add_noise(latents, noise.expand_as(latents), step.expand(len(latents)))
+            blind = _blind_errors(denoise, latents, noised, step)
+            for start in range(0, len(candidates), users_at_once):
+                rows = slice(start, start + users_at_once)
+                chosen = candidates[rows].T  # (C, b)
+                told = _squared_error(latents[chosen], denoise(noised[chosen], step, condition[rows]))
+                gain[rows] += weight / num_draws * (blind[chosen] - told).T
+    return gain
 
 
-def _errors(
-    denoise: Denoise, schedule: NoiseSchedule, latents: Tensor, condition: Tensor | None, noise: Tensor, step: Tensor
-) -> Tensor:
-    """|mu - x0(z_t, condition)|^2 for rows that share one noise. (n, D) -> (n,) float64"""
-    errors = []
-    for start in range(0, len(latents), CHUNK_ROWS):
-        part = latents[start : start + CHUNK_ROWS]
-        steps = step.expand(len(part))
-        z = schedule.add_noise(part, noise.expand_as(part), steps)
-        own = None if condition is None else condition[start : start + CHUNK_ROWS]
-        errors.append((part - denoise(z, steps, own)).double().square().sum(dim=1))
-    return torch.cat(errors)
+def _blind_errors(denoise: Denoise, latents: Tensor, noised: Tensor, step: Tensor) -> Tensor:
+    """Errors of every item under the null condition. Shapes   (M, D) -> (M,) float64"""
+    parts = zip(latents.split(CHUNK_ROWS), noised.split(CHUNK_ROWS))
+    return torch.cat([_squared_error(part, denoise(z[:, None], step, None)[:, 0]) for part, z in parts])
+
+
+def _squared_error(latents: Tensor, denoised: Tensor) -> Tensor:
+    """|mu - x0|^2. (..., D) -> (...) float64"""
+    return (latents - denoised).double().square().sum(dim=-1)
 
 
 class LikelihoodRanker:
@@ -108,4 +108,4 @@ class LikelihoodRanker:
 
     def _denoise(self, z: Tensor, step: Tensor, condition: Tensor | None) -> Tensor:
         head = self.model.head
-        return head.predict_x0(z, step, head.null_conditions(len(z)) if condition is None else condition)
+        return head.predict_x0(z, step, head.null_conditions(1) if condition is None else condition)

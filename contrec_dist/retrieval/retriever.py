@@ -16,7 +16,7 @@ from contrec_dist.retrieval.current_index import CurrentIndex, OverlaidRows, Sea
 from contrec_dist.retrieval.likelihood import LikelihoodRanker
 from contrec_dist.retrieval.ranking import fuse_samples, search_views, select_seen
 from contrec_dist.retrieval.scored_users import Users
-from contrec_dist.retrieval.top_k import best_first
+from contrec_dist.retrieval.top_k import best_first, in_same_row, unite_rows
 from contrec_dist.retrieval.user_views import UserViews
 
 SPACES = {"query": "query", "likelihood": "query", "samples": "latent"}
@@ -129,8 +129,10 @@ class Retriever:
             views.model, self.item_latents, self.log_prior,
             num_levels=self.score.likelihood_levels, num_draws=self.score.likelihood_draws,
         )  # fmt: skip
+        candidates = unite_rows([item_idx for _, item_idx in found.values()])  # the views share most of them
+        likelihood = ranker.score(condition, candidates, seed=self.seed * 1_000_003 + seed)
         rescored = {}
-        for view, (scores, item_idx) in found.items():
-            likelihood = ranker.score(condition, item_idx, seed=self.seed * 1_000_003 + seed)
-            rescored[view] = best_first(likelihood, item_idx, item_idx.shape[1])
+        for view, (_, item_idx) in found.items():
+            own = np.where(in_same_row(candidates, item_idx), candidates, -1)
+            rescored[view] = best_first(likelihood, own, item_idx.shape[1])
         return rescored

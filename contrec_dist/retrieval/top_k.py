@@ -133,6 +133,24 @@ def merge_top_k(parts: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple
     return best_first(np.concatenate(scores, axis=1), np.concatenate(item_idx, axis=1), k)
 
 
+def unite_rows(lists: Sequence[np.ndarray]) -> np.ndarray:
+    """Every item that a row of any list has, once; -1 past the end.
+
+    Shapes   (B, C) int64 each, -1 where there is none -> (B, U), U the most that a row has
+    """
+    united = np.sort(np.concatenate(lists, axis=1), axis=1)
+    united[:, 1:][united[:, 1:] == united[:, :-1]] = -1
+    united = np.sort(united, axis=1)[:, ::-1]
+    return np.ascontiguousarray(united[:, : max(1, int((united >= 0).sum(axis=1).max(initial=0)))])
+
+
+def in_same_row(item_idx: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Which items are among those wanted of their own row; -1 never is. Shapes   (B, U), (B, C) -> (B, U) bool"""
+    stride = int(max(item_idx.max(initial=0), wanted.max(initial=0))) + 1
+    rows = np.arange(len(item_idx))[:, None] * stride
+    return (item_idx >= 0) & np.isin(item_idx + rows, (wanted + rows)[wanted >= 0])
+
+
 def empty_result(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(-inf, -1) everywhere: scores (B, k) float32, item_idx (B, k) int64."""
     return np.full((num_queries, k), -np.inf, dtype=np.float32), np.full((num_queries, k), -1, dtype=np.int64)

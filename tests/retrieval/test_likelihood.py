@@ -24,10 +24,10 @@ def bayes_denoiser(schedule, latents, prior):
     """The best denoiser there is: the posterior mean over the catalogue, exact; a condition is a distribution."""
 
     def denoise(z, step, condition):
-        weights = prior.expand(len(z), -1) if condition is None else condition
-        alpha, sigma = schedule.alpha(step)[:, None], schedule.sigma(step)[:, None]
-        distance = (z[:, None] - alpha[:, None] * latents).square().sum(-1)  # (n, N)
-        return torch.softmax(weights.log() - distance / (2 * sigma**2), dim=1) @ latents
+        weights = prior[None] if condition is None else condition  # (b, N)
+        alpha, sigma = schedule.alpha(step), schedule.sigma(step)
+        distance = (z[..., None, :] - alpha * latents).square().sum(-1)  # (C, b, N)
+        return torch.softmax(weights.log() - distance / (2 * sigma**2), dim=-1) @ latents
 
     return denoise
 

@@ -11,6 +11,7 @@ from contrec_dist.config import Config, IndexConfig, ScoreConfig
 from contrec_dist.embeddings.textual import TextEncoder, join_item_text
 from contrec_dist.errors import ArtifactError
 from contrec_dist.model.history_reader import HistoryReader
+from contrec_dist.retrieval.likelihood import LikelihoodRanker
 from contrec_dist.retrieval.ranking import fuse_samples
 from contrec_dist.retrieval.recommendations import HybridWeights, rerank
 from contrec_dist.retrieval.retriever import SPACES, Retriever
@@ -302,6 +303,20 @@ def test_candidates_by_samples_are_the_fused_neighbours_of_what_the_head_draws(v
     scores, item_idx = exact_top_k(samples.flatten(0, 1).numpy(), latents, 9, "l2")
     expected = fuse_samples(scores.reshape(3, -1, 9), item_idx.reshape(3, -1, 9), 9)
     assert np.array_equal(found["kept"][1], expected[1])
+
+
+def test_candidates_by_likelihood_are_those_of_the_query_in_the_order_of_one_score_for_both_views(views):
+    condition, _, found = find(views, "likelihood", seed=7)
+    by_query = find(views, "query")[2]
+    ranker = LikelihoodRanker(
+        views.model, views.item_latents, np.zeros(30), num_levels=views.config.score.likelihood_levels, num_draws=1
+    )
+    everything = ranker.score(condition, np.tile(np.arange(30), (4, 1)), seed=views.config.seed * 1_000_003 + 7)
+    for view, (scores, item_idx) in found.items():
+        assert np.array_equal(np.sort(item_idx, axis=1), np.sort(by_query[view][1], axis=1))
+        assert not np.array_equal(item_idx, by_query[view][1])
+        np.testing.assert_allclose(scores, np.take_along_axis(everything, item_idx, axis=1), rtol=1e-4, atol=1e-4)
+        assert (np.diff(scores, axis=1) <= 0).all()
 
 
 def test_retrieval_is_a_function_of_the_seed(views):

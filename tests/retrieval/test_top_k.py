@@ -5,7 +5,7 @@ import pytest
 
 from contrec_dist.errors import DataError
 from contrec_dist.retrieval import top_k
-from contrec_dist.retrieval.top_k import best_first, exact_top_k, merge_top_k, refine_top_k
+from contrec_dist.retrieval.top_k import best_first, exact_top_k, in_same_row, merge_top_k, refine_top_k, unite_rows
 
 
 def brute_force(queries, vectors, k, metric):
@@ -119,3 +119,18 @@ def test_rows_can_be_left_out_and_named_by_id():
     assert (everything[:, len(living) :] == -1).all() and (
         np.sort(everything[:, : len(living)]) == np.sort(ids[living])
     ).all()
+
+
+def test_rows_are_united_and_found_again_row_by_row():
+    draw = np.random.default_rng(1)
+    lists = [np.stack([draw.permutation(40)[:width] for _ in range(25)]) for width in (12, 7)]
+    for one in lists:
+        one[draw.random(one.shape) < 0.3] = -1
+    lists[0][3], lists[1][3] = -1, -1  # a row of nothing
+    united = unite_rows(lists)
+    wanted = [(set(first) | set(second)) - {-1} for first, second in zip(*(one.tolist() for one in lists))]
+    assert united.shape == (25, max(map(len, wanted)))
+    for row, items in zip(united.tolist(), wanted):
+        assert sorted(row, reverse=True) == row and row.count(-1) == len(row) - len(items) and set(row) - {-1} == items
+    for row, inside, second in zip(united, in_same_row(united, lists[1]), lists[1]):
+        assert set(row[inside].tolist()) == set(second.tolist()) - {-1}
