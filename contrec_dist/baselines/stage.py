@@ -1,13 +1,15 @@
 """A baseline as a stage: fit it, let it recommend to the users that the score stage scores, and write the same lists.
 
     baselines/NAME/split={validation,test,next}/seen={masked,kept}/part-000000.parquet, columns as retrieval/recommendations.py
-    baselines/NAME/manifest.json   facts: what the fit says, and HR@10 and NDCG@10 on validation users
+    baselines/NAME/manifest.json   facts: what the fit says, HR@10 and NDCG@10 on validation users, and seconds: of the fit (that
+                                   of a fit taken over as it was), and of the lists of every split
 
 What was trained is kept where only the lists change (splits, k): the facts hold the identity of the fit, as `fit_identity`.
 The stage `evaluate` takes in every finished baseline of the run and judges it as it judges the model.
 """
 
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -79,20 +81,24 @@ def _find_fault(config: Config, manifest: Manifest) -> str:
 
 
 def _build(name: str, fit_identity: str, config: Config, work: Path) -> dict:
+    started = time.monotonic()
     recommender, facts = _take_over(name, fit_identity, config, work) or load_baseline(name).fit(config, work)
+    seconds = {"fit": facts.get("seconds", {}).get("fit", round(time.monotonic() - started, 3))}
     catalog = config.folder("catalog")
     histories, item_ids = Histories.load(catalog), load_items(catalog)["item_id"]
     user_ids = load_users(catalog)["user_id"]
     for split in config.score.splits:
+        started = time.monotonic()
         positions = histories.lengths if split == "next" else histories.positions(split)
         ranges = part_ranges(histories.num_users, config.score.users_per_part)
         hits = [
             _write_part(work, name, recommender, histories, positions, split, part, span, user_ids, item_ids, config.score.k)
             for part, span in track(enumerate(ranges), stage=name, unit=f"{split} parts", total=len(ranges))
         ]
+        seconds[split] = round(time.monotonic() - started, 3)
         if split == "validation":
             facts["validation"] = _summarize(hits, config.score.k)
-    return facts | {"fit_identity": fit_identity, "k": config.score.k, "splits": list(config.score.splits)}
+    return facts | {"fit_identity": fit_identity, "k": config.score.k, "splits": list(config.score.splits), "seconds": seconds}
 
 
 def _take_over(name: str, fit_identity: str, config: Config, work: Path) -> tuple[Recommender, dict] | None:

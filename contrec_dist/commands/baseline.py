@@ -32,5 +32,9 @@ def run(config: Config, parsed: argparse.Namespace) -> int:
         tried = ", ".join(f"{one} {format_metric(figure)}" for one, figure in manifest.facts["transition_weight_ndcg"].items())
         shown = f"weight of the transitions: {manifest.facts['transition_weight']:g} (validation NDCG@10 by weight: {tried})"
         console.print(shown, soft_wrap=True, highlight=False)
+    seconds = manifest.facts.get("seconds", {})  # a folder of an earlier version has none
+    if seconds:
+        shown = ", ".join(f"{what} {one:,.1f}" for what, one in seconds.items())
+        console.print(f"seconds: {shown}", soft_wrap=True, highlight=False)
     console.print(f"{parsed.name}: {config.folder(manifest.folder)}", soft_wrap=True, highlight=False)
     return 0

@@ -107,6 +107,7 @@ def _build(config: Config, work: Path) -> dict:
     metrics["lead_intervals"] = {name: _lead(config, lists["test"], rows, held["test"]) for name, rows in baselines["masked"].items()}
     curve = _measure_sampler(config, work)
     metrics["seconds"] = _stage_seconds(config) | {"evaluate": round(time.monotonic() - started, 3)}
+    metrics["baseline_seconds"] = _baseline_seconds(config)
     write_json(work / METRICS_NAME, metrics)
     evidence = Evidence(
         items=items,
@@ -274,3 +275,9 @@ def _stage_seconds(config: Config) -> dict[str, float]:
         manifest = Manifest.load(config.folder(folder))
         seconds[manifest.stage] = manifest.seconds
     return seconds
+
+
+def _baseline_seconds(config: Config) -> dict[str, dict[str, float]]:
+    """Seconds of every finished baseline: of its fit, and of the lists of every split."""
+    found = {name: Manifest.load(config.folder(baseline_folder(name))).facts.get("seconds") for name in find_finished(config)}
+    return {name: seconds for name, seconds in found.items() if seconds}

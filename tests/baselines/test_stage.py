@@ -61,7 +61,9 @@ def test_other_splits_ask_for_other_lists_not_for_another_fit(toy_runs, tmp_path
     monkeypatch.setattr(load_baseline(name), "fit", refuse)
     both = make(tmp_path / "run")
     second = run_baseline(both, name)
-    assert second.files == whole.files and second.facts == whole.facts and set(first.files) < set(second.files)
+    assert second.files == whole.files and set(first.files) < set(second.files)
+    assert second.facts | {"seconds": None} == whole.facts | {"seconds": None}
+    assert second.facts["seconds"]["fit"] == first.facts["seconds"]["fit"] > 0  # of the fit taken over
     section = {"tiger": "tiger.learning_rate=0.5", "sasrec_text": "sasrec.dropout=0.5", "item_knn": "item_knn.window=2"}[name]
     with pytest.raises(AssertionError, match="fitted again"):
         run_baseline(make(tmp_path / "run", section), name)
@@ -104,12 +106,12 @@ def test_validation_figures_of_the_manifest_are_those_of_the_lists(finished):
 def test_same_seed_same_bytes_and_a_finished_one_is_skipped(finished, toy_runs, tmp_path):
     config, manifest = finished
     again = run_baseline(toy_runs[1](tmp_path), "tiger")
-    assert again.files == manifest.files and again.facts == manifest.facts
+    assert again.files == manifest.files and again.facts | {"seconds": None} == manifest.facts | {"seconds": None}
     assert run_baseline(config, "tiger").seconds == manifest.seconds
 
 
 def test_evaluate_takes_finished_baselines_in(finished):
-    config, _ = finished
+    config, manifest = finished
     evaluate.run(config)
     metrics = json.loads((config.folder("report") / "metrics.json").read_text())
     histories = Histories.load(config.folder("catalog"))
@@ -118,7 +120,9 @@ def test_evaluate_takes_finished_baselines_in(finished):
         assert set(metrics[block]) == {"popularity", "tiger"}
         lists = load_matrix(config, "tiger", "test", seen)
         assert metrics[block]["tiger"] == summarize_lists(lists, targets, 60, [5, 10, 20], read_text_part(config.folder("embeddings")))
-    assert "tiger" in (config.folder("report") / "report.html").read_text()
+    seconds = metrics["baseline_seconds"]["tiger"]
+    assert set(seconds) == {"fit", "validation", "test"} and 0 < sum(seconds.values()) <= manifest.seconds
+    assert f"tiger fit {seconds['fit']:,.1f} s" in (config.folder("report") / "report.html").read_text()
 
 
 def test_baselines_that_do_not_belong_are_refused_or_left_out(toy_runs, tmp_path):
@@ -198,6 +202,7 @@ def test_the_command_runs_a_baseline(toy_runs, tmp_path, capsys):
     assert main(["baseline", "popularity", "--config", str(file), *overrides[1:]]) == 0
     printed = capsys.readouterr().out
     assert "validation, seen masked: HR@10 0." in printed and "baselines/popularity" in printed
+    assert "seconds: fit " in printed
     for wrong in (["--nope"], ["nope"]):
         with pytest.raises(SystemExit):
             main(["baseline", "popularity", "--config", str(file), *wrong])

@@ -29,6 +29,7 @@ _spec.loader.exec_module(artifacts)
 TOP_KEYS = {
     "dataset", "split", "num_users", "num_items", "test", "validation", "test_unmasked", "validation_unmasked",
     "slices", "intervals", "baselines", "baselines_unmasked", "baseline_slices", "lead_intervals", "seconds",
+    "baseline_seconds",
 }  # fmt: skip
 METRIC_KEYS = {"hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10", "gini@10", "diversity@10"}
 RANKS = [user % 25 if user % 25 <= 20 and user != 84 else 0 for user in range(artifacts.FIRST_TARGETLESS_USER)]
