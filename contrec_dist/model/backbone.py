@@ -9,7 +9,6 @@ from typing import Iterable
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from contrec_dist.config import BackboneConfig, LoraConfig, ShapeConfig
 from contrec_dist.errors import ConfigError
+from contrec_dist.model.dropout import dropout
 from contrec_dist.model.packed_attention import PACKED
 
 logging.disable_progress_bar()  # bars for writing and reading a model, once a rank and a worker, bury the stages' logs
@@ -142,11 +142,11 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
     return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
 
 
-def add_hidden_dropout(model: nn.Module, dropout: float) -> None:
+def add_hidden_dropout(model: nn.Module, share: float) -> None:
     """Dropout on both branches of every layer while it trains; transformers' Llama and Qwen have none there."""
 
     def drop(module: nn.Module, _, output: Tensor) -> Tensor:
-        return functional.dropout(output, dropout, training=module.training)
+        return dropout(output, share, module.training)
 
     for layer in model.base_model.layers:
         for branch in (layer.self_attn.o_proj, layer.mlp.down_proj):

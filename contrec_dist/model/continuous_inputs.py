@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from contrec_dist.model.dropout import Dropout
+
 MARKER_ITEM, MARKER_USER = 0, 1
 
 
@@ -121,7 +123,7 @@ class ContinuousInputs(nn.Module):
         self.markers = nn.Embedding(2, width)
         self.join_vector = nn.Linear(query_dim, width, bias=False)
         self.project_user = nn.Linear(user_dim, width) if user_dim else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for embedding in (self.slots, self.markers):
             nn.init.normal_(embedding.weight, std=0.02)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from contrec_dist.config import HeadConfig
 from contrec_dist.model.denoiser import Denoiser
+from contrec_dist.model.dropout import Dropout
 from contrec_dist.model.losses import dispersive_loss
 from contrec_dist.model.noise_schedule import NoiseSchedule
 from contrec_dist.model.samplers import sample
@@ -35,7 +36,7 @@ class DiffusionHead(nn.Module):
         self.schedule = NoiseSchedule(num_train_steps=config.num_train_steps, kind=config.schedule)
         self.norm = nn.LayerNorm(condition_width)
         self.direct_query = nn.Linear(condition_width, config.query_dim)
-        self.query_dropout = nn.Dropout(config.dropout)
+        self.query_dropout = Dropout(config.dropout)
         self.denoiser = None
         if config.kind == "denoiser":
             self._add_denoiser(condition_width)

@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from contrec_dist.model.dropout import dropout as drop
+
 PACKED = "contrec_packed"
 SHORTEST_GROUP = 16
 LONGEST_BY_HAND = 64  # up to here products by hand are faster than CPUs' fused kernel
@@ -139,7 +141,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Ten
     causal = torch.full((length, length), -torch.inf, device=query.device, dtype=query.dtype).triu(1)
     scores = torch.matmul(query, key.transpose(-1, -2)) + causal  # (n, heads, L, L)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(functional.dropout(weights, dropout), value)
+    return torch.matmul(drop(weights, dropout), value)
 
 
 AttentionInterface.register(PACKED, packed_attention_forward)

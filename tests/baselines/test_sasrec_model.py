@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from contrec_dist.baselines.sasrec import recommender
 from contrec_dist.baselines.sasrec.batches import Windows, pad_newest
 from contrec_dist.baselines.sasrec.fit import Negatives, sum_full_losses, sum_sampled_losses
-from contrec_dist.baselines.sasrec.model import Dropout, SasRec
+from contrec_dist.baselines.sasrec.model import SasRec
 from contrec_dist.baselines.sasrec.recommender import SasRecRecommender, Validation, rank_unseen, read_queries
 from contrec_dist.config import SasRecConfig
 from contrec_dist.data.catalog import Histories
@@ -237,27 +237,6 @@ def test_the_figure_is_the_same_in_chunks_of_any_size(windows, monkeypatch):
         monkeypatch.setattr(recommender, "CHUNK_SCORES", scores)
         figures.append(Validation(asked, 0, 4).measure(make_model()))
     assert figures[0] == pytest.approx(figures[1], abs=1e-9) == pytest.approx(figures[2], abs=1e-9) and 0 < figures[0] < 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_drops_its_share_keeps_the_mean_and_passes_the_gradient_of_what_it_kept(dtype):
-    dropout, values = Dropout(0.3), torch.ones(301, 1001, dtype=dtype, requires_grad=True)
-    torch.manual_seed(0)
-    left = dropout(values)
-    left.sum().backward()
-    assert torch.equal(values.grad, left.detach()) and left.dtype == dtype
-    assert set(left.unique().tolist()) == {0.0, torch.tensor(1 / 0.7, dtype=dtype).item()}
-    shares = (left == 0).float()
-    assert abs(shares.mean().item() - 0.3) < 0.004  # five standard deviations
-    assert (shares.mean(0) - 0.3).abs().max() < 0.14 and (shares.mean(1) - 0.3).abs().max() < 0.08  # of columns and of rows
-    torch.manual_seed(0)
-    assert torch.equal(dropout(values), left) and not torch.equal(dropout(values), left)
-
-
-def test_dropout_changes_nothing_outside_training_or_at_0_and_all_at_1():
-    values = torch.randn(7, 5)
-    assert torch.equal(Dropout(0.3).eval()(values), values) and torch.equal(Dropout(0.0)(values), values)
-    assert not Dropout(1.0)(values).any() and Dropout(0.5)(values[:0]).shape == (0, 5)
 
 
 def test_settings_that_mean_nothing_are_refused_by_name():

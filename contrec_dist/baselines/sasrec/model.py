@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from contrec_dist.config import SasRecConfig
 from contrec_dist.model.backbone import has_fast_bf16
+from contrec_dist.model.dropout import Dropout
 
 INITIAL_STD = 0.02
 CHUNK_ITEMS = 65_536
@@ -77,24 +78,6 @@ class SasRec(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, mask)
         return self.norm(hidden)
-
-
-class Dropout(nn.Module):
-    """nn.Dropout, whose CPU kernel takes a third of a step with text: there four numbers come from one draw of 64 bits.
-
-    A share of round(65536 p) / 65536 is dropped.
-    """
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, values: Tensor) -> Tensor:
-        if values.device.type != "cpu" or not self.training or not 0.0 < self.p < 1.0:
-            return F.dropout(values, self.p, self.training)
-        draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
-        kept = draws.view(torch.int16)[: values.numel()].view(values.shape) >= round(self.p * 2**16) - 2**15
-        return values * kept.to(values.dtype).mul_(1 / (1 - self.p))
 
 
 class Block(nn.Module):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from contrec_dist.baselines.tiger.semantic_ids import START_TOKEN, SemanticIds
 from contrec_dist.config import BackboneConfig
 from contrec_dist.model.backbone import causal_lm, has_fast_bf16, load_backbone
+from contrec_dist.model.dropout import dropout
 from contrec_dist.model.packed_attention import PACKED, PackedSpans
 
 
@@ -36,7 +37,7 @@ class SequenceModel(nn.Module):
         Shapes   tokens, places (B, new) int64 -> (B, new, D)
         """
         lm = causal_lm(self.backbone)
-        inputs = F.dropout(lm.get_input_embeddings()(tokens), self.dropout, self.training)
+        inputs = dropout(lm.get_input_embeddings()(tokens), self.dropout, self.training)
         hidden = lm.base_model(
             inputs_embeds=inputs,
             attention_mask=mask,
@@ -45,7 +46,7 @@ class SequenceModel(nn.Module):
             use_cache=cache is not None,
             **kernel,
         ).last_hidden_state
-        return F.dropout(hidden, self.dropout, self.training)
+        return dropout(hidden, self.dropout, self.training)
 
     def logits(self, hidden: Tensor, level: int) -> Tensor:
         """Scores of the codes of one level. (..., D) -> (..., codes) float32"""
