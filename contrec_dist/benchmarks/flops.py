@@ -5,7 +5,8 @@ gradient of its input where something before it learns, and as much for the grad
 
     backbone   every linear layer (adapters too) over all positions of the rows, padding included
     attention  scores and their product with the values over the pairs that the kernel multiplies: whole rows (R L^2) for
-               masked kernels, the samples' own squares for the packed one; 2 products forward, 4 backward
+               masked kernels, the samples' own squares for the packed one (also where a fused kernel skips later
+               positions); 2 products forward, 4 backward
     lm_head    text targets x width x vocabulary
     inputs     projections of latents and item vectors to the width of the LLM
     catalogue  item vectors of the whole table, and targets x items x Q, 1 product forward and 2 backward

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from contrec_dist.benchmarks.flops import BatchCounts, training_flops
+from contrec_dist.model import packed_attention
 from contrec_dist.model.backbone import add_adapters, causal_lm
 
 HISTORIES = [list(range(1, 14)), [3, 6, 9, 12], list(range(15, 30)), [11, 8, 14, 17, 15, 2, 4], [5, 9]]
@@ -15,8 +16,9 @@ TERMS = ("lm", "negative", "diffusion", "dispersive")
 
 
 @pytest.fixture(params=["eager", "packed"])
-def world(request, make_world):
-    """A world whose attention is made of plain products, which the counter sees on every device."""
+def world(request, make_world, monkeypatch):
+    """A world whose attention is made of plain products at every length, which the counter sees on every device."""
+    monkeypatch.setattr(packed_attention, "LONGEST_BY_HAND", 512)
     world = make_world(HISTORIES, titled_items=-1, response_drop=0.0)
     world.config.backbone.attention = request.param
     return world
