@@ -82,8 +82,11 @@ def _find_fault(config: Config, manifest: Manifest) -> str:
 
 def _build(name: str, fit_identity: str, config: Config, work: Path) -> dict:
     started = time.monotonic()
-    recommender, facts = _take_over(name, fit_identity, config, work) or load_baseline(name).fit(config, work)
-    seconds = {"fit": facts.get("seconds", {}).get("fit", round(time.monotonic() - started, 3))}
+    taken = _take_over(name, fit_identity, config, work)
+    recommender, facts = taken or load_baseline(name).fit(config, work)
+    seconds = {} if taken else {"fit": round(time.monotonic() - started, 3)}
+    if "fit" in facts.get("seconds", {}):  # of a fit taken over; one of an earlier version does not say
+        seconds["fit"] = facts["seconds"]["fit"]
     catalog = config.folder("catalog")
     histories, item_ids = Histories.load(catalog), load_items(catalog)["item_id"]
     user_ids = load_users(catalog)["user_id"]
