@@ -19,11 +19,11 @@ LENGTHS = [1, 7, 2, 0, 20, 4, 5, 3, 3]
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
-def make_model(*, text=False, known=None):
+def make_model(*, text=False, known=None, temperature=0.0):
     torch.manual_seed(0)
     features = torch.randn(NUM_ITEMS, TEXT_DIM) if text else None
     known = torch.ones(NUM_ITEMS, dtype=torch.bool) if known is None else known
-    config = SasRecConfig(hidden_size=16, intermediate_size=32, text_hidden_size=12)
+    config = SasRecConfig(hidden_size=16, intermediate_size=32, text_hidden_size=12, temperature=temperature)
     model = SasRec(config, known, MAX_HISTORY, features).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -136,17 +136,19 @@ def gradients(model, loss):
     return {name: one.grad.clone() for name, one in model.named_parameters()}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
 @pytest.mark.parametrize("text", [False, True])
-def test_packed_windows_give_torchs_loss_on_all_logits_of_each_alone_and_its_gradients(windows, text):
-    model = make_model(text=text)
+def test_packed_windows_give_torchs_loss_on_all_logits_of_each_alone_and_its_gradients(windows, text, temperature):
+    model = make_model(text=text, temperature=temperature)
     ours, theirs = sum_full_losses(model, whole_batch(windows)), losses_by_torch(model, windows[1])
     torch.testing.assert_close(ours, theirs, **CLOSE)
     torch.testing.assert_close(gradients(model, ours), gradients(model, theirs), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
 @pytest.mark.parametrize("text", [False, True])
-def test_all_items_as_negatives_give_the_full_loss(windows, text):
-    model, batch = make_model(text=text), whole_batch(windows)
+def test_all_items_as_negatives_give_the_full_loss(windows, text, temperature):
+    model, batch = make_model(text=text, temperature=temperature), whole_batch(windows)
     config = SasRecConfig(num_negatives=NUM_ITEMS + 7, negative_power=1.0)
     negatives = Negatives(np.arange(NUM_ITEMS), np.ones(NUM_ITEMS, bool), config, seed=0)
     sampled, full = sum_sampled_losses(model, batch, *negatives.draw((0, 0))), sum_full_losses(model, batch)
@@ -210,6 +212,20 @@ def test_text_reaches_the_logits_as_input_and_as_output():
     torch.testing.assert_close(model.item_vectors(torch.tensor([4, 0])), after[[4, 0]], **CLOSE)
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_with_a_temperature_logits_are_cosines_over_it_whatever_the_lengths(text):
+    model, plain = make_model(text=text, temperature=0.25), make_model(text=text)
+    torch.testing.assert_close(model.catalogue(), F.normalize(plain.catalogue(), dim=-1), **CLOSE)
+    inputs, ages = torch.tensor([[3, 4]]), torch.tensor([[1, 0]])
+    with torch.no_grad():
+        unit = plain.read(model.catalogue()[inputs], ages)[0, -1]  # the same transformer, not normalised at its end
+    expected = F.cosine_similarity(unit[None], plain.catalogue(), dim=-1) / 0.25
+    torch.testing.assert_close(model.catalogue() @ read(model, [[3, 4]])[0, -1], expected, **CLOSE)
+    if not text:
+        model.items.weight.data[7] *= 5
+        torch.testing.assert_close(model.catalogue() @ read(model, [[3, 4]])[0, -1], expected, **CLOSE)
+
+
 def test_lists_are_sorted_by_logit_and_users_without_history_get_the_popular_ones():
     model, num_train = make_model(), np.arange(NUM_ITEMS)[::-1]
     histories = [np.array([1, 2, 3]), np.zeros(0, dtype=np.int64), np.array([4])]
@@ -241,7 +257,8 @@ def test_the_figure_is_the_same_in_chunks_of_any_size(windows, monkeypatch):
 
 def test_settings_that_mean_nothing_are_refused_by_name():
     for settings, key in (
-        ({"num_heads": 3}, "hidden_size"), ({"patience": 0}, "patience"), ({"max_history": 0}, "max_history")
+        ({"num_heads": 3}, "hidden_size"), ({"patience": 0}, "patience"), ({"max_history": 0}, "max_history"),
+        ({"temperature": -0.1}, "temperature"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"sasrec.{key}"):
             SasRecConfig(**settings)

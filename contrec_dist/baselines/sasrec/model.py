@@ -1,7 +1,8 @@
 """SASRec: item vectors -> causal transformer -> a query; the logit of an item is the inner product with its vector.
 
 An item's vector is a learned one, and with text the sum of that and an MLP of the text's; it is what the transformer
-reads and what the softmax compares with (tied, not normalised). Places are counted from the newest item backwards.
+reads and what the softmax compares with (tied). Places are counted from the newest item backwards. With a temperature,
+vectors and queries are normalised and the logits are cosines over it.
 
 With text, an item that training never met is its text alone: its learned part stays zero, and it is nobody's negative.
 Without, it stands in the softmax as any other, which keeps it out of the lists.
@@ -30,7 +31,7 @@ class SasRec(nn.Module):
         """Shapes   known (N,) bool: items with training interactions; text (N, E) float32, standardised"""
         super().__init__()
         width = config.hidden_size
-        self.max_history = max_history
+        self.max_history, self.temperature = max_history, config.temperature
         self.items = nn.Embedding(len(known), width)
         self.ages = nn.Embedding(max_history, width)
         self.dropout = Dropout(config.dropout)
@@ -58,10 +59,10 @@ class SasRec(nn.Module):
 
     def item_vectors(self, item_idx: Tensor | None = None) -> Tensor:
         """Vectors of some items, of all by default. Shapes   item_idx (M,) -> (M, D)"""
-        own = self.items.weight if item_idx is None else self.items(item_idx)
-        if self.text is None:
-            return own
-        return own + self.read_text(self.text if item_idx is None else self.text[item_idx])
+        vectors = self.items.weight if item_idx is None else self.items(item_idx)
+        if self.text is not None:
+            vectors = vectors + self.read_text(self.text if item_idx is None else self.text[item_idx])
+        return F.normalize(vectors, dim=-1) if self.temperature else vectors
 
     @torch.inference_mode()
     def catalogue(self) -> Tensor:
@@ -77,7 +78,8 @@ class SasRec(nn.Module):
         hidden = self.dropout(vectors + self.ages(ages))
         for block in self.blocks:
             hidden = block(hidden, mask)
-        return self.norm(hidden)
+        hidden = self.norm(hidden)
+        return F.normalize(hidden, dim=-1) / self.temperature if self.temperature else hidden
 
 
 class Block(nn.Module):
