@@ -637,7 +637,9 @@ class SasRecConfig:
     text_hidden_size: int = 256
     "width of the MLP that reads an item's text (sasrec_text)"
     temperature: float = field(default=0.0, metadata=IDENTITY_IF_SET)
-    "logits are cosines of query and item vector over this; 0: inner products, whose lengths are learned"
+    "sasrec: logits are cosines of query and item vector over this; 0: inner products, whose lengths are learned"
+    text_temperature: float = field(default=0.0, metadata=IDENTITY_IF_SET)
+    "the same of sasrec_text, which ranks better without"
     max_history: Optional[int] = None
     "items of a history, newest kept; null: prompt.max_history, what the model gets"
     batch_targets: int = 1024
@@ -669,8 +671,9 @@ class SasRecConfig:
                 raise ConfigError(f"sasrec.{name}", getattr(self, name), "at least 1")
         if self.max_history is not None and self.max_history < 1:
             raise ConfigError("sasrec.max_history", self.max_history, "at least 1, or null")
-        if self.temperature < 0:
-            raise ConfigError("sasrec.temperature", self.temperature, "0 (inner products) or above")
+        for name in ("temperature", "text_temperature"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"sasrec.{name}", getattr(self, name), "0 (inner products) or above")
         if self.hidden_size % self.num_heads:
             raise ConfigError("sasrec.hidden_size", self.hidden_size, f"a multiple of sasrec.num_heads ({self.num_heads})")
 

@@ -23,7 +23,8 @@ def make_model(*, text=False, known=None, temperature=0.0):
     torch.manual_seed(0)
     features = torch.randn(NUM_ITEMS, TEXT_DIM) if text else None
     known = torch.ones(NUM_ITEMS, dtype=torch.bool) if known is None else known
-    config = SasRecConfig(hidden_size=16, intermediate_size=32, text_hidden_size=12, temperature=temperature)
+    own = {"text_temperature" if text else "temperature": temperature}
+    config = SasRecConfig(hidden_size=16, intermediate_size=32, text_hidden_size=12, **own)
     model = SasRec(config, known, MAX_HISTORY, features).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -258,7 +259,7 @@ def test_the_figure_is_the_same_in_chunks_of_any_size(windows, monkeypatch):
 def test_settings_that_mean_nothing_are_refused_by_name():
     for settings, key in (
         ({"num_heads": 3}, "hidden_size"), ({"patience": 0}, "patience"), ({"max_history": 0}, "max_history"),
-        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": -0.1}, "temperature"), ({"text_temperature": -1}, "text_temperature"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"sasrec.{key}"):
             SasRecConfig(**settings)

@@ -31,7 +31,8 @@ class SasRec(nn.Module):
         """Shapes   known (N,) bool: items with training interactions; text (N, E) float32, standardised"""
         super().__init__()
         width = config.hidden_size
-        self.max_history, self.temperature = max_history, config.temperature
+        self.max_history = max_history
+        self.temperature = config.temperature if text is None else config.text_temperature
         self.items = nn.Embedding(len(known), width)
         self.ages = nn.Embedding(max_history, width)
         self.dropout = Dropout(config.dropout)
