@@ -120,6 +120,8 @@ class EmbedConfig:
     collaborative: Literal["lightgcn", "sequential", "sasrec", "none"] = "lightgcn"
     "'lightgcn': who met what; 'sequential': what stands near what in a history, factorised (embeddings/sequential.py); "
     "'sasrec': the item vectors of a SASRec that is trained first, section sasrec (embeddings/distilled.py)"
+    sasrec_text: bool = field(default=True, metadata=IDENTITY_IF_SET)
+    "collaborative sasrec: whether that SASRec reads the items' text too, as the baseline sasrec_text; false: item ids alone, as sasrec"
     collaborative_dim: int = 64
     "width of the collaborative embedding (sasrec: sasrec.hidden_size)"
     sequential_window: int = field(default=5, metadata=IDENTITY_IF_SET)

@@ -1,7 +1,7 @@
 """Item vectors of a SASRec that ranks (stage embed, embed.collaborative: sasrec): what a recommender learned, as what tokens describe.
 
-The network of the baselines sasrec_text (embed.text_dim above 0) and sasrec is trained as `contrec baseline` trains it, section
-`sasrec`; its item vectors, text included, are what its softmax compares. Latents made of them lie as items are confused in ranking,
+The network of the baseline sasrec_text, or of sasrec where `embed.sasrec_text` is false or there is no text, is trained as
+`contrec baseline` trains it, section `sasrec`; its item vectors, text included, are what its softmax compares. Latents made of them lie as items are confused in ranking,
 so that a diffusion's samples near an item are good answers too. A user's vector is the mean of the training items'.
 
 Guarantees   trained on training interactions alone; the epoch that is kept is the best on validation users (NDCG@10), as of the baseline.

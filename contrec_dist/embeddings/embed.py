@@ -189,7 +189,8 @@ def _distil(config: Config, num_train: np.ndarray, text: np.ndarray, text_of: St
     from contrec_dist.embeddings.distilled import fit_distilled
 
     histories = Histories.load(config.folder("catalog"))
-    return fit_distilled(histories, num_train, text_of.apply(text) if text.shape[1] else None, config)
+    read = text_of.apply(text) if text.shape[1] and config.embed.sasrec_text else None
+    return fit_distilled(histories, num_train, read, config)
 
 
 class ItemTexts(Sequence):

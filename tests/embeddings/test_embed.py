@@ -7,7 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from contrec_dist.baselines.sasrec.with_text import load_recommender
+from contrec_dist.baselines.sasrec import baseline as ids_alone
+from contrec_dist.baselines.sasrec import with_text
 from contrec_dist.baselines.stage import run_baseline
 from contrec_dist.config import Config, EmbedConfig, SasRecConfig
 from contrec_dist.embeddings import embed
@@ -198,19 +199,23 @@ def test_a_table_in_chunks_is_the_table_in_one(tmp_path, monkeypatch):
     assert sorted(path.name for path in chunked.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-def test_sasrec_vectors_are_those_of_the_baseline_with_the_same_text(tmp_path):
-    """embed.collaborative: sasrec trains what `contrec baseline sasrec_text` trains, and takes its item vectors."""
-    settings = SasRecConfig(hidden_size=4, num_heads=1, num_epochs=2, batch_targets=16, validate_every_epochs=1)
-    config = dataclasses.replace(toy_config(tmp_path, collaborative="sasrec"), sasrec=settings)
+@pytest.mark.parametrize(("baseline", "module"), [("sasrec_text", with_text), ("sasrec", ids_alone)])
+def test_sasrec_vectors_are_those_of_the_baseline(tmp_path, baseline, module):
+    """embed.collaborative: sasrec trains what `contrec baseline sasrec_text` (or sasrec) trains, and takes its item vectors."""
+    settings = SasRecConfig(
+        hidden_size=4, num_heads=1, num_epochs=2, batch_targets=16, validate_every_epochs=1, temperature=0.5
+    )  # fmt: skip
+    config = toy_config(tmp_path, collaborative="sasrec", sasrec_text=baseline == "sasrec_text")
+    config = dataclasses.replace(config, sasrec=settings)
     write_catalog(config, toy_histories())
     embed.run(config)
     items, users = (np.load(config.folder("embeddings") / name) for name in ("items.npy", "users.npy"))
-    run_baseline(config, "sasrec_text")
-    vectors = load_recommender(config, config.folder("baselines/sasrec_text")).vectors
+    run_baseline(config, baseline)
+    vectors = module.load_recommender(config, config.folder(f"baselines/{baseline}")).vectors
     trained = pl.read_parquet(config.folder("catalog") / "items.parquet")["num_train"].to_numpy() > 0
     expected = Standardisation.fit(vectors, trained).apply(vectors)
     np.testing.assert_allclose(items[trained, :4], expected[trained], atol=1e-5)
-    assert not items[~trained, :4].any() and users.shape == (NUM_USERS + 1, 4)
+    assert not items[~trained, :4].any() and items.shape[1] == 9 and users.shape == (NUM_USERS + 1, 4)
     assert len(Manifest.load(config.folder("embeddings")).facts["losses"]) == 2
 
 
@@ -220,6 +225,7 @@ def test_the_sasrec_that_the_embedding_takes_is_part_of_its_identity(tmp_path):
         for kind in ("sasrec", "sequential")
         for epochs in (1, 2)
     ]
+    configs.append(dataclasses.replace(configs[0], embed=dataclasses.replace(configs[0].embed, sasrec_text=False)))
     write_catalog(configs[0], toy_histories())
     hashes = [embed.run(config).identity for config in configs]
-    assert hashes[0] != hashes[1] and hashes[2] == hashes[3]
+    assert hashes[0] != hashes[1] and hashes[2] == hashes[3] and hashes[4] not in hashes[:4]
