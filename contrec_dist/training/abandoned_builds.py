@@ -26,8 +26,9 @@ def releasing_abandoned_builds() -> Iterator[None]:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return
+    folder = builds_folder()  # here, as it imports setuptools: beside the import of distutils in DeepSpeed's checks one of the two fails
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(ended,), name="abandoned builds", daemon=True)
+    thread = threading.Thread(target=_watch, args=(folder, ended), name="abandoned builds", daemon=True)
     thread.start()
     try:
         yield
@@ -54,9 +55,9 @@ def builds_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
-def _watch(ended: threading.Event) -> None:
+def _watch(folder: Path, ended: threading.Event) -> None:
     while not ended.is_set():
-        release_abandoned(builds_folder())
+        release_abandoned(folder)
         ended.wait(LOOK_SECONDS)
 
 

@@ -72,8 +72,8 @@ def test_the_autotuner_measures_trials_and_leaves_the_run_alone(reference, new_r
     results = tmp_path / "autotuning_results"
     profiled = json.loads((results / "profile_model_info" / "model_info.json").read_text())
     assert profiled["num_params"] > 0 and profiled["activation_mem_per_gpu"] > 0
-    (metrics,) = (json.loads(path.read_text()) for path in results.glob("z2_*/metrics.json"))
-    assert metrics["throughput"] > 0
+    trials = [json.loads(path.read_text()) for path in results.glob("z2_*/metrics.json")]
+    assert [trial["throughput"] > 0 for trial in trials] == [True], command.log
     best = json.loads((results / "ds_config_optimal.json").read_text())
     assert best["train_micro_batch_size_per_gpu"] == 4 and best["train_batch_size"] == 8
     assert file_hashes(config, "model") == before

@@ -18,6 +18,20 @@ print("held", flush=True)
 sys.stdin.read()
 """
 
+IMPORTS_BESIDE = """
+import sys, threading
+from contrec_dist.training.abandoned_builds import releasing_abandoned_builds
+
+class Watcher:
+    def find_spec(name, path=None, target=None):
+        if threading.current_thread() is not threading.main_thread():
+            print(name)
+
+sys.meta_path.insert(0, Watcher)
+with releasing_abandoned_builds():
+    pass
+"""
+
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc, which this system does not have")
 
 
@@ -65,3 +79,10 @@ def test_start_that_waits_for_the_dead_goes_on(lock, tmp_path, monkeypatch):
     with releasing_abandoned_builds():
         FileBaton(str(lock)).wait()  # as a rank does inside deepspeed.init_distributed
     assert not lock.exists()
+
+
+def test_the_thread_imports_nothing_while_deepspeed_imports(tmp_path):
+    """setuptools in one thread and distutils in another: one import fails, the other warns of errors, and the autotuner gives up."""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "LOCAL_RANK": "0"}
+    command = [sys.executable, "-c", IMPORTS_BESIDE]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout == ""
