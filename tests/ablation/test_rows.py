@@ -15,7 +15,8 @@ NAMES = [
     "base", "dispersive_wrong_sign", "frozen_latents", "guidance_0", "guidance_1", "guidance_2", "guidance_4", "last_position_only",
     "lightgcn", "likelihood", "no_collaborative_drop", "no_diffusion", "no_dispersive", "no_llm", "no_mask", "no_negatives",
     "no_reasoning", "no_text", "paper", "regression", "rq", "samples_1", "samples_32", "sequential_embedding", "sigma_0", "sigma_02",
-    "sigma_05", "steps_1", "steps_2", "steps_5", "steps_10", "steps_50", "steps_200", "tokens_1", "tokens_4", "tokens_alone", "vq",
+    "sigma_05", "steps_1", "steps_2", "steps_5", "steps_10", "steps_50", "steps_200", "tokens_1", "tokens_4", "tokens_alone",
+    "tokens_alone_rq", "vq",
 ]  # fmt: skip
 OWN_SETTINGS = {"run_dir"}
 
