@@ -4,8 +4,8 @@ A row of 256 positions holds ten users of 25: a masked kernel works on 256 x 256
 samples are gathered by similar length, each group is one small causal attention, and the results go back to their places.
 Cost     sum of length^2 over the samples (rounded up to the longest of their group) instead of rows * row_tokens^2.
          On CPUs also free of the fused kernel's fixed cost, which is what decides at these lengths.
-Use      transformers calls it for `attn_implementation=PACKED`; spans reach it as the keyword `packed_spans` of the model's
-         forward. Without spans (reading with a KV cache) it is torch's scaled_dot_product_attention with the mask given.
+Use      transformers calls it for `attn_implementation=PACKED`, SASRec calls `attend_spans`; spans reach it as the keyword
+         `packed_spans` of the model's forward. Without spans (reading with a KV cache) it is torch's scaled_dot_product_attention with the mask given.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,9 @@ from contrec_dist.model.dropout import dropout as drop
 
 PACKED = "contrec_packed"
 SHORTEST_GROUP = 16
-LONGEST_BY_HAND = 64  # up to here products by hand are faster than CPUs' fused kernel
+LONGEST_BY_HAND = 64  # up to here products by hand are faster than CPUs' fused kernel in fp32; in bf16 they are at every length
+CACHED_SCORES = 1 << 19  # scores that products by hand make at a time on a CPU: 2 MiB of fp32 stay in a core's caches
+QUERY_BLOCK = 256  # positions whose scores are computed together; keys behind the block are left out
 
 
 @dataclass(frozen=True)
@@ -110,20 +112,25 @@ def packed_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    num_rows, num_heads, row_tokens, head_dim = query.shape
-    repeats = num_heads // key.shape[1]
-    query = query * (head_dim**-0.5 if scaling is None else scaling)
+    repeats = query.shape[1] // key.shape[1]
+    query = query * (query.shape[3] ** -0.5 if scaling is None else scaling)
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     if isinstance(packed_spans, PaddedRows):
         return packed_spans.attend(module.layer_idx, query, key, value).transpose(1, 2), None
+    return attend_spans(query, key, value, packed_spans, dropout=dropout), None
+
+
+def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: PackedSpans, *, dropout: float = 0.0) -> Tensor:
+    """Causal attention inside every span, the query scaled; padding gets zeros. (R, heads, L, d) each -> (R, L, heads, d)"""
+    num_rows, num_heads, row_tokens, head_dim = query.shape
     flat = [one.transpose(1, 2).reshape(num_rows * row_tokens, num_heads, head_dim) for one in (query, key, value)]
-    parts = [_attend_group(group, *flat, dropout=dropout) for group in packed_spans.groups]
+    parts = [_attend_group(group, *flat, dropout=dropout) for group in spans.groups]
     # Zeros that depend on all three: a micro-batch of padding alone gives every projection its (zero) gradient, as on the
     # other ranks; ZeRO's reductions would not match without.
     out = query.new_zeros(num_rows * row_tokens, num_heads, head_dim) if parts else 0.0 * (flat[0] + flat[1] + flat[2])
     if parts:
-        out = out.index_copy(0, packed_spans.positions, torch.cat(parts))
-    return out.view(num_rows, row_tokens, num_heads, head_dim), None
+        out = out.index_copy(0, spans.positions, torch.cat(parts))
+    return out.view(num_rows, row_tokens, num_heads, head_dim)
 
 
 def _attend_group(group: SpanGroup, query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
@@ -135,13 +142,25 @@ def _attend_group(group: SpanGroup, query: Tensor, key: Tensor, value: Tensor, *
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
     """Causal attention of samples of one length, the query scaled. (n, heads, L, d) -> (n, heads, L, d)"""
-    length = query.shape[2]
-    if not dropout and value.dtype == torch.float32 and length > LONGEST_BY_HAND:  # bf16: its backward pass was not measured
+    num_heads, length = query.shape[1:3]
+    if not dropout and value.dtype == torch.float32 and length > LONGEST_BY_HAND:
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
-    causal = torch.full((length, length), -torch.inf, device=query.device, dtype=query.dtype).triu(1)
-    scores = torch.matmul(query, key.transpose(-1, -2)) + causal  # (n, heads, L, L)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(drop(weights, dropout), value)
+    on_cpu, block = query.device.type == "cpu", min(length, QUERY_BLOCK)
+    step = max(1, CACHED_SCORES // (num_heads * block * length)) if on_cpu else len(query)
+    chunks = zip(query.split(step), key.split(step), value.split(step))
+    return torch.cat([_attend_by_hand(*chunk, block=block, dropout=dropout) for chunk in chunks])
+
+
+def _attend_by_hand(query: Tensor, key: Tensor, value: Tensor, *, block: int, dropout: float) -> Tensor:
+    """The same with products and a softmax, block after block of the queries; for each the keys up to its own end."""
+    parts = []
+    for start in range(0, query.shape[2], block):
+        stop = start + block
+        scores = torch.matmul(query[:, :, start:stop], key[:, :, :stop].transpose(-1, -2))  # (n, heads, block, stop)
+        scores = scores + scores.new_full(scores.shape[2:], -torch.inf).triu(1 + start)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        parts.append(torch.matmul(drop(weights, dropout), value[:, :, :stop]))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 AttentionInterface.register(PACKED, packed_attention_forward)

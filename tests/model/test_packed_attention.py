@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from contrec_dist.model import packed_attention
 from contrec_dist.model.packed_attention import PackedSpans, packed_attention_forward
 
 ROW_TOKENS = 80
@@ -36,7 +37,20 @@ def masked(query, key, value, segments, scaling=None):
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("lengths", [[[80], [1]], [[17, 16, 3, 40], [2, 2, 33, 1, 15]], [[5], []], [[], []]])
 def test_packed_attention_equals_a_mask_over_whole_rows_with_gradients(lengths, key_heads):
-    segments, heads = segments_of(lengths), random_heads(len(lengths), key_heads)
+    check_against_a_mask(segments_of(lengths), random_heads(len(lengths), key_heads))
+
+
+@pytest.mark.parametrize(("block", "scores"), [(256, 1 << 19), (256, 1), (7, 1), (7, 4 * 7 * 40 * 2), (16, 1 << 19), (1, 1)])
+def test_chunks_of_samples_and_blocks_of_queries_change_nothing(monkeypatch, block, scores):
+    """Products by hand at every length, the samples in chunks of one or two, the queries in blocks that cut them anywhere."""
+    monkeypatch.setattr(packed_attention, "LONGEST_BY_HAND", ROW_TOKENS)
+    monkeypatch.setattr(packed_attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(packed_attention, "CACHED_SCORES", scores)
+    check_against_a_mask(segments_of([[17, 16, 3, 40], [38, 33, 2, 1]]), random_heads(2, 4))
+
+
+def check_against_a_mask(segments, heads):
+    """Result and gradients."""
     ours, _ = packed_attention_forward(
         SimpleNamespace(), *heads, None, scaling=0.3, packed_spans=PackedSpans.of(segments)
     )

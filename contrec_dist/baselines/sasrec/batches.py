@@ -1,8 +1,8 @@
 """Training batches: windows of the training histories, packed into rows, so that little is padded.
 
 The windows are those of the model's own training (sharding.partition.cut_windows): every item after a user's first is a
-target exactly once. An optimizer step takes windows at random until they hold `batch_targets` targets and packs them; the
-mask lets a place see its own window alone, so packing changes no result. The steps of an epoch are a function of
+target exactly once. An optimizer step takes windows at random until they hold `batch_targets` targets and packs them; a
+place sees its own window alone, so packing changes no result. The steps of an epoch are a function of
 (seed, epoch).
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from contrec_dist.data.catalog import Histories
+from contrec_dist.model.packed_attention import PackedSpans
 from sharding.partition import cut_windows, pack_rows
 
 ROW_ITEMS = 128  # places of a row, fewest; two of the longest windows fit into one
@@ -38,9 +39,9 @@ class Batch:
         return self.segments > 0
 
     @property
-    def mask(self) -> Tensor:
-        """What a place sees: earlier places of its own window, and itself. (R, 1, W, W) bool"""
-        return (self.segments[:, :, None] == self.segments[:, None, :]).tril()[:, None]
+    def spans(self) -> PackedSpans:
+        """Where the windows lie: a place sees itself and the earlier places of its own."""
+        return PackedSpans.of(self.segments)
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))

@@ -132,7 +132,7 @@ class Negatives:
 def sum_full_losses(model: SasRec, batch: Batch) -> Tensor:
     """Cross-entropy of every target against all candidates of the catalogue, summed. -> ()"""
     vectors = model.item_vectors()
-    queries = model.read(F.embedding(batch.inputs, vectors), batch.ages, batch.mask)[batch.real]
+    queries = model.read(F.embedding(batch.inputs, vectors), batch.ages, batch.spans)[batch.real]
     bias = torch.where(model.candidates, 0.0, NO_CANDIDATE)
     return catalogue_cross_entropy(queries, vectors, bias, batch.targets)
 
@@ -147,7 +147,7 @@ def sum_sampled_losses(model: SasRec, batch: Batch, negatives: Tensor, log_share
     vectors = model.item_vectors(needed)
     read, own, drawn = places.split([batch.inputs.numel(), len(batch.targets), len(negatives)])
     read, own, drawn = (F.embedding(place, vectors) for place in (read.view_as(batch.inputs), own, drawn))
-    queries = model.read(read, batch.ages, batch.mask)[batch.real]
+    queries = model.read(read, batch.ages, batch.spans)[batch.real]
     no_bias = queries.new_zeros(len(own))
     return sampled_cross_entropy(
         queries, own, no_bias, batch.targets, drawn, -log_share, negatives, model.num_items

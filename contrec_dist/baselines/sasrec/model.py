@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from contrec_dist.config import SasRecConfig
 from contrec_dist.model.backbone import has_fast_bf16
 from contrec_dist.model.dropout import Dropout
+from contrec_dist.model.packed_attention import PackedSpans, attend_spans
 
 INITIAL_STD = 0.02
 CHUNK_ITEMS = 65_536
@@ -71,14 +72,14 @@ class SasRec(nn.Module):
         chunks = torch.arange(self.num_items, device=self.device).split(CHUNK_ITEMS)
         return torch.cat([self.item_vectors(chunk) for chunk in chunks])
 
-    def read(self, vectors: Tensor, ages: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Queries after every item. mask: (B, 1, W, W) bool, True where a place is seen; None: all earlier ones and itself.
+    def read(self, vectors: Tensor, ages: Tensor, spans: PackedSpans | None = None) -> Tensor:
+        """Queries after every item. A place sees itself and the earlier ones of its own span; None: of its row.
 
         Shapes   vectors (B, W, D) of the items read, ages (B, W) in [0, max_history): items that came after -> (B, W, D)
         """
         hidden = self.dropout(vectors + self.ages(ages))
         for block in self.blocks:
-            hidden = block(hidden, mask)
+            hidden = block(hidden, spans)
         hidden = self.norm(hidden)
         return F.normalize(hidden, dim=-1) / self.temperature if self.temperature else hidden
 
@@ -95,14 +96,17 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = hidden + self.dropout(self._attend(self.attention_norm(hidden), mask))
+    def forward(self, hidden: Tensor, spans: PackedSpans | None) -> Tensor:
+        hidden = hidden + self.dropout(self._attend(self.attention_norm(hidden), spans))
         return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
 
-    def _attend(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        heads = self.heads_in(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, W, d)
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None)
-        return self.heads_out(mixed.transpose(1, 2).flatten(2))
+    def _attend(self, hidden: Tensor, spans: PackedSpans | None) -> Tensor:
+        query, key, value = self.heads_in(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, W, d)
+        if spans is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+        else:
+            mixed = attend_spans(query * query.shape[3] ** -0.5, key, value, spans)
+        return self.heads_out(mixed.flatten(2))
 
 
 def autocast(precision: str, device: torch.device):
