@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "env": ("contrec_dist.commands.env", "versions and machine as Markdown for a bug report, and what is missing for what"),
     "baseline": ("contrec_dist.commands.baseline", "fit a baseline and write its recommendations beside the model's"),
     "ablate": ("contrec_dist.commands.ablate", "one change at a time: rows of configs/ablation, each judged against the base"),
+    "tune": ("contrec_dist.commands.tune", "settings of the model or a baseline, tried one after another on validation users"),
     "repeat": ("contrec_dist.commands.repeat", "the whole run, baselines too, under several seeds: mean and spread"),
     "generate": ("contrec_dist.commands.generate", "a catalogue of any size as files, and the config that runs on it"),
 }

@@ -8,8 +8,10 @@ changes what is computed, and they are left out of every identity.
 Order of precedence: dataclass defaults < YAML files < key=value arguments.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal, Optional, Sequence
 
@@ -839,30 +841,47 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 
     Errors   ConfigError that names the key, what it got and what was expected (unknown keys: the nearest one).
     """
-    merged = OmegaConf.structured(Config)
+    merged = copy.deepcopy(_schema())
     for source in [*map(Path, files), *overrides]:
-        merged = _merge_one(merged, source)
+        _merge_one(merged, source)
     try:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _named_error(error) from None
 
 
-def _merge_one(merged, source: str | Path):
+def flatten_keys(values: dict, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one with dotted keys, as key=value arguments have them."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+@cache
+def _schema() -> DictConfig:
+    """The defaults; making them costs more than a copy."""
+    return OmegaConf.structured(Config)
+
+
+def _merge_one(merged: DictConfig, source: str | Path) -> None:
     """Merge one YAML file or one key=value argument into `merged`."""
     try:
         if isinstance(source, str) and "=" in source:
             key, _, value = source.partition("=")
-            return OmegaConf.merge(merged, OmegaConf.from_dotlist([source]))
+            merged.merge_with(OmegaConf.from_dotlist([source]))
+            return
         if Path(source).is_file():
             key, value = str(source), "a value that does not fit"
-            return OmegaConf.merge(merged, _read_yaml(Path(source)))
+            merged.merge_with(read_yaml(Path(source)))
+            return
     except OmegaConfBaseException as error:
         raise _named_error(error, key, value) from None
     raise ConfigError("--config", str(source), "a YAML file that exists, or key=value")
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file that maps keys to values. Errors   ConfigError that names the file and what is wrong with it"""
     try:
         loaded = OmegaConf.load(path)
     except yaml.YAMLError as error:

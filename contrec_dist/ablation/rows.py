@@ -13,7 +13,7 @@ from typing import Sequence
 
 from omegaconf import OmegaConf
 
-from contrec_dist.config import Config, load_config
+from contrec_dist.config import Config, flatten_keys, load_config
 from contrec_dist.errors import ConfigError
 from contrec_dist.report.evaluate import WORKED_OUT
 
@@ -61,14 +61,7 @@ def pick_rows(rows: Sequence[AblationRow], names: str) -> list[AblationRow]:
 
 def _load_row(path: Path, files: Sequence[str], overrides: Sequence[str]) -> AblationRow:
     base, config = load_config(files, overrides), load_config(files, [*overrides, path])
-    for name in ("output", "users_file", "histories_file"):
-        if getattr(config.score, name):
-            got = getattr(config.score, name)
-            raise ConfigError(f"score.{name}", got, "nothing: every row has lists of all users of its own")
-    if config.score.k < NEEDED_CUT or not {"validation", "test"} <= set(config.score.splits):
-        got = f"k={config.score.k}, splits={config.score.splits}"
-        wanted = f"lists of at least {NEEDED_CUT} for 'validation', where rows are compared, and 'test', which evaluate judges too"
-        raise ConfigError("score", got, wanted)
+    refuse_other_lists(config, {"validation", "test"})  # where rows are compared, and what evaluate judges too
     # Other baselines belong to the base's run.
     baselines = [name for name in config.evaluate.baselines if name in WORKED_OUT]
     config = dataclasses.replace(
@@ -77,8 +70,18 @@ def _load_row(path: Path, files: Sequence[str], overrides: Sequence[str]) -> Abl
         evaluate=dataclasses.replace(config.evaluate, baselines=baselines),
         shards=dataclasses.replace(config.shards, url=""),  # a copy of the base's shards holds other latents
     )
-    change = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
+    change = flatten_keys(OmegaConf.to_container(OmegaConf.load(path)))
     return AblationRow(name=path.stem, about=_opening_comment(path), change=change, config=config)
+
+
+def refuse_other_lists(config: Config, splits: set[str]) -> None:
+    """Errors   ConfigError where a run's lists would not be of all users of these splits, or too short to be judged"""
+    for name in ("output", "users_file", "histories_file"):
+        if getattr(config.score, name):
+            raise ConfigError(f"score.{name}", getattr(config.score, name), "nothing: every run has lists of all users of its own")
+    if config.score.k < NEEDED_CUT or not splits <= set(config.score.splits):
+        got = f"k={config.score.k}, splits={config.score.splits}"
+        raise ConfigError("score", got, f"lists of at least {NEEDED_CUT} for {' and '.join(map(repr, sorted(splits)))}")
 
 
 def _reading_order(path: Path) -> tuple:
@@ -94,11 +97,3 @@ def _opening_comment(path: Path) -> str:
             break
         lines.append(line.lstrip("# "))
     return " ".join(lines)
-
-
-def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one with dotted keys."""
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
