@@ -12,9 +12,9 @@ from contrec_dist.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 BEAUTY, SHIPPED = str(ROOT / "configs/beauty.yaml"), ROOT / "configs/ablation"
 NAMES = [
-    "base", "bayes_guidance_0", "bayes_guidance_1", "bayes_guidance_4", "bayes_samples_32", "dispersive_wrong_sign", "frozen_latents", "guidance_0", "guidance_1", "guidance_2", "guidance_4", "last_position_only",
-    "lightgcn", "likelihood", "no_collaborative_drop", "no_diffusion", "no_dispersive", "no_llm", "no_mask", "no_negatives",
-    "no_reasoning", "no_text", "paper", "regression", "rq", "samples_1", "samples_32", "sequential_embedding", "sigma_0", "sigma_02",
+    "base", "bayes_guidance_0", "bayes_guidance_1", "bayes_guidance_4", "bayes_samples_32", "dispersive_wrong_sign", "frozen_latents",
+    "guidance_0", "guidance_1", "guidance_2", "guidance_4", "last_position_only", "lightgcn", "likelihood", "no_collaborative_drop", "no_diffusion",
+    "no_dispersive", "no_llm", "no_mask", "no_negatives", "no_reasoning", "no_text", "paper", "regression", "rq", "samples_1", "samples_32", "sequential_embedding", "sigma_0", "sigma_02",
     "sigma_05", "steps_1", "steps_2", "steps_5", "steps_10", "steps_50", "steps_200", "tokens_1", "tokens_4", "tokens_alone",
     "tokens_alone_rq", "vq",
 ]  # fmt: skip
