@@ -35,6 +35,12 @@ def searched_spaces(config: Config) -> list[str]:
     return spaces
 
 
+def log_popularity(num_train: np.ndarray) -> np.ndarray:
+    """Log of the items' share of the training interactions, one added to each. (N,) -> (N,)"""
+    counts = num_train + 1.0
+    return np.log(counts / counts.sum())
+
+
 def _needs_posterior(config: Config) -> bool:
     return config.score.rank_by == "samples" and config.head.kind == "bayes"
 
@@ -49,7 +55,7 @@ class Retriever:
     item_latents: np.ndarray | OverlaidRows
     "(N, K, Z) raw, memory-mapped"
     log_prior: np.ndarray
-    "(N,) log of the items' share of the training interactions, one added to each"
+    "(N,) of log_popularity"
     query_shards: SearchesItems | None = None
     "the index of item vectors, where samples are drawn by the closed form and it is not `shards`"
 
@@ -57,8 +63,7 @@ class Retriever:
     def open(cls, config: Config, index: CurrentIndex | None = None) -> "Retriever":
         """`index`: opened in the spaces that searched_spaces names; None: the newest version of the run's."""
         index = index or open_current(config, searched_spaces(config))
-        counts = index.items["num_train"].to_numpy() + 1.0
-        shards, prior = index.spaces[SPACES[config.score.rank_by]], np.log(counts / counts.sum())
+        shards, prior = index.spaces[SPACES[config.score.rank_by]], log_popularity(index.items["num_train"].to_numpy())
         query_shards = index.spaces["query"] if _needs_posterior(config) else None
         return cls(config.score, config.seed, shards, index.latents, prior, query_shards)
 

@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 
 from contrec_dist.config import Config
+from contrec_dist.data.catalog import load_items
 from contrec_dist.data.prompts import PromptTexts
 from contrec_dist.model.contrec import ContRec
 from contrec_dist.model.diffusion_head import DiffusionHead
 from contrec_dist.model.history_reader import HistoryReader
 from contrec_dist.retrieval.metrics import gains_at, hits_at, rank_targets
-from contrec_dist.retrieval.retriever import Retriever
+from contrec_dist.retrieval.retriever import Retriever, log_popularity
 from contrec_dist.retrieval.scored_users import ScoredUsers, Users
 from contrec_dist.retrieval.top_k import Metric, exact_top_k
 from contrec_dist.retrieval.user_views import UserViews
@@ -42,6 +43,10 @@ class ExactSearch:
     vectors: np.ndarray
     metric: Metric
 
+    @property
+    def num_items(self) -> int:
+        return len(self.vectors)
+
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return exact_top_k(queries, self.vectors, k, self.metric)
 
@@ -52,6 +57,7 @@ class ProbeModel:
 
     head: DiffusionHead
     autocast: Callable
+    normalise: Callable
 
 
 class ValidationProbe:
@@ -63,9 +69,11 @@ class ValidationProbe:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             self.head = self._empty_head()
         latents = model._catalogue.numpy()  # training may turn them: _open_retrievers
-        everybody = ScoredUsers.of_catalog(config.folder("catalog"))
+        catalog = config.folder("catalog")
+        everybody = ScoredUsers.of_catalog(catalog)
+        self.log_prior = log_popularity(load_items(catalog)["num_train"].to_numpy())
         reader = HistoryReader(model, texts, tokenizer=None)  # which writing a text would need
-        view = ProbeModel(self.head, model.autocast)
+        view = ProbeModel(self.head, model.autocast, model.normalise)
         self.views = UserViews(config, view, reader, latents, user_latents, everybody)
         users = everybody.with_target("validation")
         self.num_users = min(config.monitor.probe_users, len(users))
@@ -120,9 +128,8 @@ class ValidationProbe:
         k = self.config.monitor.probe_k
         score = replace(self.config.score, k=k, num_candidates=max(k, self.config.score.num_candidates))
         self.views.item_latents = latents = self.model.raw_catalogue().numpy()
-        no_prior = np.zeros(0)
         return {
-            rule: Retriever(replace(score, rank_by=rule), self.config.seed, search, latents, no_prior)
+            rule: Retriever(replace(score, rank_by=rule), self.config.seed, search, latents, self.log_prior, searches["query"])
             for rule, search in searches.items()
         }
 

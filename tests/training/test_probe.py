@@ -73,6 +73,16 @@ def test_figures_by_query_are_those_of_the_exported_model_ranked_by_hand(one_ran
     assert 0 < figures["query_hr@10"] < 1
 
 
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_samples_of_the_closed_form_are_of_the_ranking_itself(one_rank, world, guidance):
+    """head.kind bayes: many guided samples of few steps rank about as the query does; without one there is nothing to train."""
+    world.config.head = replace(world.config.head, kind="bayes")
+    world.config.score = replace(world.config.score, num_samples=64, guidance=guidance)
+    figures = open_probe(world, world.build_model().train()).measure(go_on)
+    assert 0 < figures["query_hr@10"] < 1 and abs(figures["sampler_hr@10"] - figures["query_hr@10"]) < 0.4
+    assert figures["sampler_hr@10"] > 0
+
+
 def test_head_is_the_moving_average_where_there_is_one(one_rank, world, trained):
     measured = open_probe(world, trained)
     measured.measure(go_on)
