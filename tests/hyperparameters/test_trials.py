@@ -99,7 +99,8 @@ def test_the_command_writes_the_best_settings_as_a_config(make_search, tmp_path,
     arguments = ["tune", "item_knn", "--trials", "3", "--space", str(tmp_path / "space.yaml"), *search.overrides]
     assert main(arguments) == 0 == main(arguments)
     printed = capsys.readouterr().out
-    assert "toy: item_knn tuned" in printed and "best settings" in printed
+    assert "toy: item_knn tuned" in printed and "best settings" in printed and "nothing: the config as it is" in printed
+    assert f"{best_record(load_records(search))['ndcg@10']:.4f}" in printed  # whole on a terminal of 80 columns
     records, folder = json.loads((search.folder / "trials.json").read_text())["trials"], search.folder
     tuned = load_config([str(folder / "best.yaml")], search.overrides)
     assert tuned.item_knn.window == best_record(records)["values"]["item_knn.window"]
