@@ -10,6 +10,7 @@ from contrec_dist.model import packed_attention
 from contrec_dist.model.packed_attention import PackedSpans, packed_attention_forward
 
 ROW_TOKENS = 80
+BF16_STEP = 2.0**-8  # relative, of one rounding
 
 
 def segments_of(lengths: list[list[int]]) -> torch.Tensor:
@@ -47,6 +48,24 @@ def test_chunks_of_samples_and_blocks_of_queries_change_nothing(monkeypatch, blo
     monkeypatch.setattr(packed_attention, "QUERY_BLOCK", block)
     monkeypatch.setattr(packed_attention, "CACHED_SCORES", scores)
     check_against_a_mask(segments_of([[17, 16, 3, 40], [38, 33, 2, 1]]), random_heads(2, 4))
+
+
+@pytest.mark.parametrize(("block", "scores"), [(256, 1 << 19), (7, 1)])
+def test_bf16_is_as_near_to_fp32_as_its_roundings_allow(monkeypatch, block, scores):
+    """By hand at every length, as on every CPU with bf16: result and gradients against fp32 of the same rounded numbers."""
+    monkeypatch.setattr(packed_attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(packed_attention, "CACHED_SCORES", scores)
+    segments = segments_of([[80], [38, 33, 2, 1]])
+    heads = [one.detach().to(torch.bfloat16).requires_grad_() for one in random_heads(2, 4)]
+    exact = [one.detach().float().requires_grad_() for one in heads]
+    ours, _ = packed_attention_forward(SimpleNamespace(), *heads, None, packed_spans=PackedSpans.of(segments))
+    expected = masked(*exact, segments)
+    assert ours.dtype == torch.bfloat16
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    mine = torch.autograd.grad((ours.float() * weight).sum(), heads)
+    theirs = torch.autograd.grad((expected * weight).sum(), exact)
+    for rounded, whole in zip((ours.detach(), *mine), (expected.detach(), *theirs), strict=True):
+        assert float((rounded.float() - whole).norm() / whole.norm()) < 4 * BF16_STEP
 
 
 def check_against_a_mask(segments, heads):
