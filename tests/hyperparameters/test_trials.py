@@ -8,6 +8,7 @@ from contrec_dist.__main__ import main
 from contrec_dist.baselines.stage import run_baseline
 from contrec_dist.config import load_config
 from contrec_dist.errors import ArtifactError, ConfigError, StageStopped
+from contrec_dist.hyperparameters import table as table_module
 from contrec_dist.hyperparameters import trials as trials_module
 from contrec_dist.hyperparameters.space import load_space
 from contrec_dist.hyperparameters.trials import Search, best_record, load_records, run_search
@@ -94,11 +95,13 @@ def test_a_config_that_cannot_run_is_no_trial(make_search):
     assert load_records(search) == []
 
 
-def test_the_command_writes_the_best_settings_as_a_config(make_search, tmp_path, capsys):
+def test_the_command_writes_the_best_settings_as_a_config(make_search, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(table_module, "SHOWN_TRIALS", 2)
     search = make_search("run")
     arguments = ["tune", "item_knn", "--trials", "3", "--space", str(tmp_path / "space.yaml"), *search.overrides]
     assert main(arguments) == 0 == main(arguments)
     printed = capsys.readouterr().out
+    assert "and 1 more" in printed  # trials.md has all, below
     assert "toy: item_knn tuned" in printed and "best settings" in printed and "nothing: the config as it is" in printed
     assert f"{best_record(load_records(search))['ndcg@10']:.4f}" in printed  # whole on a terminal of 80 columns
     records, folder = json.loads((search.folder / "trials.json").read_text())["trials"], search.folder
